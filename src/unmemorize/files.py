@@ -1,0 +1,136 @@
+"""Atomic files and checked JSON: the only way anything of ours reaches the disk. Torch-free.
+
+A file appears complete or not at all: it is written beside its destination, flushed, and renamed over it.
+Every JSON file of ours carries `format` and `format_version`; both are checked when it is read.
+Weights are not handled here (safetensors does that); nothing here loads code or pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from unmemorize.errors import FileFormatError, RunFolderError
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> Path:
+    """Write a whole file, or leave the old one untouched.
+
+    Args:
+        path: destination; missing parent folders are made.
+        content: text (stored as UTF-8) or bytes.
+
+    Returns:
+        The destination.
+
+    Raises:
+        RunFolderError: if the folder cannot be made or written to, or the disk is full.
+    """
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a JSON document atomically.
+
+    Args:
+        path: destination.
+        value: anything `json` can store; NaN and infinity are refused, because JSON has no such numbers.
+    """
+    return write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, *, format: str, version: int) -> dict[str, Any]:
+    """Read a JSON object of ours and check its format name and version.
+
+    Raises:
+        FileFormatError: if the file is missing, truncated, not an object, or of another format or version.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError as error:
+        raise FileFormatError(f"{path} does not exist; expected a {format} file") from error
+    except OSError as error:
+        raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise FileFormatError(
+            f"{path} is not complete JSON ({error}); it may be truncated, make it again"
+        ) from error
+    if not isinstance(value, dict) or value.get("format") != format:
+        found = value.get("format") if isinstance(value, dict) else type(value).__name__
+        raise FileFormatError(f"{path} is not a {format} file (found {found!r}); pass the right file")
+    if value.get("format_version") != version:
+        raise FileFormatError(
+            f"{path} has {format} version {value.get('format_version')!r}, this release reads version {version}"
+        )
+    return value
+
+
+def append_json_line(path: str | Path, value: Any) -> None:
+    """Append one JSON line and flush it; a torn last line is what readers must expect after a crash."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Read JSON Lines of ours; a torn last line (crash while appending) is dropped.
+
+    Raises:
+        FileFormatError: if the file is missing, or any line but the last is not a JSON object.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"cannot read {path}: {error}") from error
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise FileFormatError(f"{path} line {number} is not JSON; make the file again") from error
+        if not isinstance(row, dict):
+            raise FileFormatError(f"{path} line {number} is not a JSON object; make the file again")
+        rows.append(row)
+    return rows
+
+
+def _umask() -> int:
+    """Read the process umask; POSIX offers no way but to set it and set it back."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
