@@ -1,0 +1,269 @@
+"""Computing an MLP with sinks: two implementations of one layer.
+
+For a token of document d with hidden neurons h, shared neurons 0 .. S-1 and sinks S .. F-1:
+
+    out = W_down[:, shared] h[shared] + sum over sinks s owned by d of W_down[:, s] h[s]
+
+*Masked* computes all F neurons and multiplies the ones that are not owned by 0, after the non-linearity (after
+gate x up) and before the last projection. It serves every state, every scheme and every architecture.
+*Gathered* computes only the shared and the owned neurons: the projections are replaced by ones that pick their rows
+per document, and the model's own MLP code runs between them at the smaller width. Same numbers up to the order of
+summation, and the time does not grow with the pool.
+
+What a micro-batch needs is a payload, made once per forward pass and carried by `gates.conditioned`.
+
+Source: MemSinks, arXiv 2507.09937, section 4 (no rescaling in training); gathering is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unmemorize.errors import ConfigError, IdError, ShapeMismatch
+from unmemorize.gates import apply_gate, is_transposed
+from unmemorize.isolate.plan import SinkPlan
+from unmemorize.models.language import Mlp
+
+
+@dataclass
+class Gates:
+    """Payload of the masked layer: one gate per distinct id, and which tokens use which.
+
+    Attributes:
+        tables: per site, shape (N, F), float32, unitless; sites that share a table hold the same tensor.
+        index: which row of the tables a token uses, shape (B,) or (B, T), int64; None for row 0 everywhere.
+    """
+
+    tables: Sequence[Tensor]
+    index: Tensor | None
+    _expanded: dict[tuple[int, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+
+    def gate(self, site: int, like: Tensor) -> Tensor:
+        """Return the gate of a site in the dtype and device of `like`: (F,), (B, 1, F) or (B, T, F)."""
+        table = self.tables[site]
+        key = (id(table), like.dtype, like.device)
+        if key not in self._expanded:
+            table = table.to(device=like.device, dtype=like.dtype)
+            if self.index is None:
+                self._expanded[key] = table[0]
+            else:
+                picked = table[self.index.to(like.device)]
+                self._expanded[key] = picked if self.index.dim() == 2 else picked.unsqueeze(1)
+        return self._expanded[key]
+
+
+@dataclass
+class Rows:
+    """Payload of the gathered layer: which sinks each document of the micro-batch owns.
+
+    Attributes:
+        sinks: per site, shape (N, k), int64, positions in the pool.
+        present: shape (N, 1, 1), float32: 1, or 0 for tokens without an id, whose pool is off.
+        slots: token number at each place of the (N, L) document layout, shape (N * L,), int64; None when every
+            row of the batch is one document.
+        places: inverse of `slots`: place of each token, shape (B * T,), int64; None likewise.
+    """
+
+    sinks: Sequence[Tensor]
+    present: Tensor
+    slots: Tensor | None
+    places: Tensor | None
+
+    def by_document(self, tokens: Tensor) -> Tensor:
+        """Lay tokens (..., D) out by document: (N, L, D); short documents are filled with other tokens."""
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        if self.slots is not None:
+            flat = flat.index_select(0, self.slots)
+        return flat.view(len(self.present), -1, tokens.shape[-1])
+
+    def by_token(self, documents: Tensor, like: Tensor) -> Tensor:
+        """Undo `by_document`: (N, L, K) to the leading shape of `like` with K channels."""
+        flat = documents.reshape(-1, documents.shape[-1])
+        if self.places is not None:
+            flat = flat.index_select(0, self.places)
+        return flat.view(*like.shape[:-1], documents.shape[-1])
+
+
+def check_ids(ids: Tensor) -> Tensor:
+    """Check sink ids of shape (B,) or (B, T): int64, 0 (no id) or more.
+
+    Raises:
+        IdError: if the dtype is narrower or a value negative.
+        ShapeMismatch: if the shape is another.
+    """
+    if ids.dtype != torch.int64:
+        raise IdError(
+            f"sink_ids are {ids.dtype}, expected int64: narrower ids collide; use torch.int64 throughout"
+        )
+    if ids.dim() not in (1, 2):
+        raise ShapeMismatch(f"sink_ids have shape {tuple(ids.shape)}, expected (batch,) or (batch, tokens)")
+    return ids
+
+
+def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Split sink ids (B,) or (B, T) into distinct ids (N,) and the index of each (same shape as the ids)."""
+    if ids.dim() == 1:
+        return ids, torch.arange(len(ids), device=ids.device)
+    rows, index = torch.unique(ids, return_inverse=True)
+    return rows, index
+
+
+def pool_gates(plan: SinkPlan, owners: Tensor, *, shared_scale: float = 1.0) -> list[Tensor]:
+    """Return per-site gates that open the sinks of each owner and no others.
+
+    Args:
+        plan: the plan.
+        owners: shape (N,), int64; 0 opens no sinks.
+        shared_scale: multiplier of shared neurons, unitless.
+
+    Returns:
+        Per site shape (N, F), float32; the same tensor object for all sites of a uniform plan.
+    """
+    present = (owners > 0)[:, None]
+    tables: list[Tensor] = []
+    for number, place in enumerate(plan.sites):
+        if tables and plan.is_uniform and place.site.width == tables[0].shape[1]:
+            tables.append(tables[0])
+            continue
+        pool = (plan.mask(owners.clamp(min=1), number) & present).to(torch.float32)
+        shared = torch.full((len(owners), place.num_shared), shared_scale, device=owners.device)
+        tables.append(torch.cat([shared, pool], dim=1))
+    return tables
+
+
+def masked_payload(plan: SinkPlan, ids: Tensor) -> Gates:
+    """Return the masked layer's payload for sink ids of shape (B,) or (B, T)."""
+    owners, index = distinct(check_ids(ids))
+    return Gates(pool_gates(plan, owners), index)
+
+
+def gathered_payload(plan: SinkPlan, ids: Tensor) -> Rows:
+    """Return the gathered layer's payload for sink ids of shape (B,) or (B, T).
+
+    Raises:
+        ConfigError: if ids of the plan own varying numbers of sinks (published scheme).
+    """
+    if not plan.has_exact_count:
+        raise ConfigError("the published scheme has no fixed number of sinks per id; use compute='masked'")
+    owners, index = distinct(check_ids(ids))
+    safe = owners.clamp(min=1)
+    first = plan.sinks(safe, 0)
+    sinks = [first if plan.is_uniform else plan.sinks(safe, number) for number in range(len(plan.sites))]
+    present = (owners > 0).to(torch.float32).view(-1, 1, 1)
+    if index.dim() == 1:
+        return Rows(sinks, present, None, None)
+    slots, places = _layout(index.reshape(-1), len(owners))
+    return Rows(sinks, present, slots, places)
+
+
+def _layout(index: Tensor, num_documents: int) -> tuple[Tensor, Tensor]:
+    """Place tokens in a (documents, longest) layout; returns slots and places as in `Rows`."""
+    counts = torch.bincount(index, minlength=num_documents)
+    longest = int(counts.max())
+    order = torch.argsort(index, stable=True)
+    starts = counts.cumsum(0) - counts
+    ranked = index[order]
+    within = torch.arange(len(index), device=index.device) - starts[ranked]
+    places = torch.empty_like(index)
+    places[order] = ranked * longest + within
+    slots = torch.zeros(num_documents * longest, dtype=torch.int64, device=index.device)
+    slots[places] = torch.arange(len(index), device=index.device)
+    return slots, places
+
+
+def masked_input(payload_of: Callable[[], Gates | Rows], site: int) -> Callable[[Tensor], Tensor]:
+    """Return the change of the last projection's input that closes foreign sinks."""
+
+    def change(hidden: Tensor) -> Tensor:
+        gates = payload_of()
+        assert isinstance(gates, Gates)
+        return apply_gate(hidden, gates.gate(site, hidden))
+
+    return change
+
+
+def gathered_forwards(
+    mlp: Mlp, num_shared: int, site: int, payload_of: Callable[[], Gates | Rows]
+) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """Return replacements for the projections of one MLP that compute shared and owned neurons only.
+
+    Args:
+        mlp: the MLP; its own code runs between the replaced projections, at width S + k.
+        num_shared: S, shared neurons of the site.
+        site: position of the site in the plan.
+        payload_of: returns the payload of the current micro-batch; given gates instead of rows (evaluation without
+            ids), the projections compute all neurons and the gates close the pool.
+    """
+    width = mlp.site.width
+    starts = (0, width) if mlp.is_fused else (0,)
+    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    for linear in mlp.up:
+        forwards[linear] = _gathered_up(linear, starts, width, num_shared, site, payload_of)
+    forwards[mlp.down] = _gathered_down(mlp.down, num_shared, site, payload_of)
+    return forwards
+
+
+def _gathered_up(
+    linear: nn.Module,
+    starts: tuple[int, ...],
+    width: int,
+    num_shared: int,
+    site: int,
+    payload_of: Callable[[], Gates | Rows],
+) -> Callable[[Tensor], Tensor]:
+    transposed = is_transposed(linear)
+
+    def forward(tokens: Tensor) -> Tensor:
+        rows = payload_of()
+        if isinstance(rows, Gates):
+            return type(linear).forward(linear, tokens)  # type: ignore[no-any-return]
+        weight, bias = _parameters(linear)
+        weight = weight.t() if transposed else weight
+        documents = rows.by_document(tokens)
+        parts: list[Tensor] = []
+        for start in starts:
+            pool = slice(start + num_shared, start + width)
+            kept = slice(start, start + num_shared)
+            parts.append(functional.linear(tokens, weight[kept], None if bias is None else bias[kept]))
+            owned = torch.bmm(documents, _pick(weight[pool], rows.sinks[site]).transpose(1, 2))
+            if bias is not None:
+                owned = owned + bias[pool][rows.sinks[site]].unsqueeze(1)
+            parts.append(rows.by_token(owned, tokens))
+        return torch.cat(parts, dim=-1)
+
+    return forward
+
+
+def _gathered_down(
+    linear: nn.Module, num_shared: int, site: int, payload_of: Callable[[], Gates | Rows]
+) -> Callable[[Tensor], Tensor]:
+    transposed = is_transposed(linear)
+
+    def forward(hidden: Tensor) -> Tensor:
+        rows = payload_of()
+        if isinstance(rows, Gates):
+            gated = apply_gate(hidden, rows.gate(site, hidden))
+            return type(linear).forward(linear, gated)  # type: ignore[no-any-return]
+        weight, bias = _parameters(linear)
+        columns = weight if transposed else weight.t()
+        out = functional.linear(hidden[..., :num_shared], columns[:num_shared].t(), bias)
+        owned = rows.by_document(hidden[..., num_shared:]) * rows.present.to(hidden.dtype)
+        return out + rows.by_token(torch.bmm(owned, _pick(columns[num_shared:], rows.sinks[site])), out)
+
+    return forward
+
+
+def _pick(rows: Tensor, sinks: Tensor) -> Tensor:
+    """Pick rows (P, D) by sinks (N, k): (N, k, D)."""
+    return rows.index_select(0, sinks.reshape(-1)).view(*sinks.shape, rows.shape[-1])
+
+
+def _parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = linear.weight, linear.bias
+    assert isinstance(weight, Tensor)
+    return weight, bias if isinstance(bias, Tensor) else None

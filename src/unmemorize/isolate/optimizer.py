@@ -1,0 +1,114 @@
+"""Rows that are off do not move: keep an optimizer from touching sinks that received no gradient.
+
+AdamW moves a weight whose gradient is zero, by stale momentum and by weight decay, so a sink would drift while its
+owners are not in the batch. `isolated_optimizer` takes a copy of the pool before each step and puts back every
+element whose gradient was exactly zero: weight and moments stay bit-identical. Because the test is the gradient
+itself, it holds under accumulation, clipping and data-parallel averaging (a sink that any rank used has a gradient
+on all ranks) and for any optimizer with element-wise state.
+
+The same copy gives sinks a learning rate of their own although they share a tensor with shared neurons.
+Source: ours; the drift is named in the fact sheets of MemSinks ports and of SGTM (arXiv 2512.05648).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from unmemorize.errors import ConfigError
+from unmemorize.gates import is_transposed
+from unmemorize.isolate.plan import SinkPlan
+from unmemorize.models.language import MlpRow, find_mlps
+
+
+def pool_slices(
+    model: nn.Module, plan: SinkPlan, row: MlpRow | None = None
+) -> list[tuple[nn.Parameter, int, slice]]:
+    """List the parts of a model's parameters that belong to sinks.
+
+    Returns:
+        (parameter, axis, slice) triples: rows of the first projections with their biases, columns of the last.
+    """
+    parts: list[tuple[nn.Parameter, int, slice]] = []
+    mlps = {mlp.site: mlp for mlp in find_mlps(model, row)}
+    for place in plan.sites:
+        mlp = mlps[place.site]
+        width = place.site.width
+        for linear in mlp.up:
+            for start in (0, width) if mlp.is_fused else (0,):
+                pool = slice(start + place.num_shared, start + width)
+                parts.append((_parameter(linear, "weight"), 1 if is_transposed(linear) else 0, pool))
+                if linear.bias is not None:
+                    parts.append((_parameter(linear, "bias"), 0, pool))
+        pool = slice(place.num_shared, width)
+        parts.append((_parameter(mlp.down, "weight"), 0 if is_transposed(mlp.down) else 1, pool))
+    return parts
+
+
+@contextmanager
+def isolated_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    plan: SinkPlan,
+    *,
+    sink_learning_rate_scale: float = 1.0,
+    row: MlpRow | None = None,
+) -> Iterator[None]:
+    """While the block is open, `optimizer.step()` leaves sinks without gradient bit-identical.
+
+    Args:
+        optimizer: any optimizer over the model's parameters whose state is element-wise (SGD, Adam, AdamW, ...).
+        model: the model, unwrapped.
+        plan: the plan.
+        sink_learning_rate_scale: multiplier of the step that a sink takes, weight decay included; above 0.
+        row: site table row, for an architecture that the table does not know.
+
+    Raises:
+        ConfigError: if the scale is not positive.
+    """
+    if not sink_learning_rate_scale > 0:
+        raise ConfigError(f"sink_learning_rate_scale is {sink_learning_rate_scale}, expected above 0")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parts = [part for part in pool_slices(model, plan, row) if id(part[0]) in held]
+    before: list[list[Tensor]] = []
+
+    def tensors(parameter: nn.Parameter) -> list[Tensor]:
+        state = optimizer.state.get(parameter, {})
+        moments = [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
+        return [parameter.data, *moments]
+
+    def remember(*_: object) -> None:
+        before[:] = [
+            [t.narrow(axis, s.start, s.stop - s.start).clone() for t in tensors(parameter)]
+            for parameter, axis, s in parts
+        ]
+
+    def put_back(*_: object) -> None:
+        for (parameter, axis, s), old in zip(parts, before, strict=True):
+            if parameter.grad is None:
+                continue
+            still = parameter.grad.narrow(axis, s.start, s.stop - s.start) == 0
+            for number, tensor in enumerate(tensors(parameter)):
+                now = tensor.narrow(axis, s.start, s.stop - s.start)
+                # Moments that did not exist before the step start at zero.
+                was = old[number] if number < len(old) else torch.zeros_like(now)
+                if number == 0 and sink_learning_rate_scale != 1.0:
+                    now.copy_(torch.lerp(was, now, sink_learning_rate_scale))
+                now.copy_(torch.where(still, was, now))
+        before.clear()
+
+    handles = [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(put_back)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    parameter = getattr(module, name)
+    assert isinstance(parameter, nn.Parameter)
+    return parameter

@@ -1,0 +1,1 @@
+"""Which neurons a model has: one file a family, one table row an architecture."""
