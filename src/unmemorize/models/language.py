@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -214,11 +215,10 @@ def load(
         SelfCheckFailed: if a check fails.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelNotSupported(f"{source} holds no config.json; pass a model folder in Hugging Face format")
-    with _quiet(logging):
+    with quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype or "auto")
         except Exception as error:  # every reader underneath raises its own kind
@@ -347,19 +347,17 @@ def _select(tensor: Tensor, chosen: Tensor, axis: int) -> Tensor:
     )
 
 
-class _quiet:
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and load reports for a while; its settings are restored."""
+    from transformers.utils import logging
 
-    def __init__(self, logging: Any) -> None:
-        self._logging = logging
-
-    def __enter__(self) -> None:
-        self._level = self._logging.get_verbosity()
-        self._had_bars = self._logging.is_progress_bar_enabled()
-        self._logging.set_verbosity_error()
-        self._logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self._logging.set_verbosity(self._level)
-        if self._had_bars:
-            self._logging.enable_progress_bar()
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()
