@@ -72,6 +72,10 @@ class Extraction(_Record):
     matched_prefix_tokens: Measure
     teacher_forced_accuracy_frac: Measure
     edit_distance_frac: Measure
+    near_verbatim_rate_frac: Measure | None = None
+    equal_positions_frac: Measure | None = None
+    extraction_strength_frac: Measure | None = None
+    num_excluded: int = 0
 
 
 class GroupResult(_Record):
@@ -80,6 +84,7 @@ class GroupResult(_Record):
     group: Group
     num_examples: int
     loss_nats: Measure
+    num_excluded: int = 0
     extraction: list[Extraction] = []
 
 
@@ -103,7 +108,7 @@ class Continuation(_Record):
 
 
 class DocumentResult(_Record):
-    """One document: loss in nats per token by state."""
+    """One document: loss in nats per predicted token by state; `num_tokens` counts the predicted tokens."""
 
     example: str
     group: Group
@@ -134,6 +139,7 @@ class SeedResult(_Record):
     gap_closed_frac: Measure
     repetition_benefit_kept_frac: Measure
     extraction_rate_frac: Measure
+    beyond_curve_nats: Measure | None = None
     states: list[StateResult] = []
     documents: list[DocumentResult] = []
     continuations: list[Continuation] = []
@@ -144,13 +150,18 @@ class SeedResult(_Record):
 
 
 class MethodSummary(_Record):
-    """The five headline figures as means over seeds; intervals are over seeds (Student t), refused below 3 seeds."""
+    """The five headline figures as means over seeds; intervals are over seeds (Student t), refused below 3 seeds.
+
+    `beyond_curve_nats` is the repeated loss above that of the `cap:R` curve at the same validation loss: positive
+    is beyond the curve, negative behind it.
+    """
 
     validation_loss_nats: Measure
     repeated_loss_nats: Measure
     gap_closed_frac: Measure
     repetition_benefit_kept_frac: Measure
     extraction_rate_frac: Measure
+    beyond_curve_nats: Measure | None = None
 
 
 class MethodResult(_Record):
