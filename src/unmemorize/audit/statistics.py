@@ -1,0 +1,409 @@
+"""Figures with 95 % intervals, and the rules that refuse a figure its sample cannot support.
+
+Within one trained model the unit is the example: intervals are percentile bootstraps over examples, all
+models on the same examples resampled together. Between trainings the unit is the seed: intervals are Student
+t over seeds.
+
+    gap closed    = 1 - (val - rep) / (val_standard - rep_standard)
+    benefit kept  = (val_dedup - val) / (val_dedup - val_standard)
+
+with `val` the loss on text never trained on and `rep` the loss on repeated text. Pure numpy: knows no model,
+no group and no file. Every refusal rule is one of the five constants below; docs/metrics.md gives the
+reasons.
+
+Letters: N examples, C columns, M models, S seeds, R resamples.
+Source: Efron and Tibshirani 1993, ch. 13 (percentile bootstrap); Wilson 1927; the rules and fractions are
+ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from unmemorize.errors import ShapeMismatch
+from unmemorize.records import Measure
+
+Floats = NDArray[np.float64]
+
+MIN_EXAMPLES = 5  # below, a percentile bootstrap has too few distinct resamples to mean anything
+MIN_RATE_EXAMPLES = 12  # the smallest n whose Wilson interval is at most +-0.25 whatever the outcome
+MIN_SEEDS = 3  # below, the t quantile is 12.7 and an interval says nothing
+MIN_DENOMINATOR_NATS = 0.01  # a gap or benefit below this is not worth a fraction of it
+NUM_RESAMPLES = 10_000
+
+_BLOCK_ENTRIES = 2_000_000  # resample indices drawn at a time: 16 MB
+_NORMAL_QUANTILE = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True)
+class LossDraws:
+    """Losses of M models on the same N documents, with joint resamples.
+
+    Attributes:
+        value_M: token-weighted losses, shape (M,), nats per token.
+        draws_MR: the same in R resamples of the documents, shape (M, R), nats per token.
+        num: number of documents N.
+    """
+
+    value_M: Floats
+    draws_MR: Floats
+    num: int
+
+
+def refused(reason: str, num: int = 0) -> Measure:
+    """Make a measure that holds a reason instead of a value."""
+    return Measure(refused=reason, num=num)
+
+
+def exact(value: float, num: int = 0) -> Measure:
+    """Make a measure that holds by definition, or was counted, not sampled."""
+    return Measure(value=value, ci95=(value, value), num=num, method="exact")
+
+
+def bootstrap_mean(values: ArrayLike, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Measure:
+    """Give the mean over examples, with a percentile bootstrap interval.
+
+    Args:
+        values: one number an example, shape (N,), any unit.
+        seed: seed of the resampling.
+        num_resamples: R.
+
+    Returns:
+        The mean in the unit of `values`; refused below `MIN_EXAMPLES` examples or if a value is not finite.
+
+    Source: Efron and Tibshirani 1993, section 13.3.
+    """
+    column = _vector(values, "values")
+    reason = _unusable(column)
+    if reason:
+        return refused(reason, len(column))
+    draws = _resampled_means(column[None, :], seed, num_resamples)[0]
+    return _percentile(float(column.mean()), draws, len(column))
+
+
+def bootstrap_difference(
+    values: ArrayLike, reference: ArrayLike, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> Measure:
+    """Give the mean of `values - reference`, both measured on the same examples.
+
+    Args:
+        values: shape (N,), any unit.
+        reference: shape (N,), same unit and same examples in the same order.
+        seed: seed of the resampling.
+        num_resamples: R.
+
+    Raises:
+        ShapeMismatch: if the two differ in length.
+
+    Source: paired percentile bootstrap, Efron and Tibshirani 1993, section 8.3.
+    """
+    ours, theirs = _vector(values, "values"), _vector(reference, "reference")
+    _require_equal_length(ours, theirs)
+    return bootstrap_mean(ours - theirs, seed=seed, num_resamples=num_resamples)
+
+
+def bootstrap_ratio(
+    numerators: ArrayLike, denominators: ArrayLike, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> Measure:
+    """Give sum(numerators) / sum(denominators) over examples, resampling whole examples.
+
+    With summed nats and token counts this is the token-weighted loss in nats per token.
+
+    Args:
+        numerators: shape (N,), any unit.
+        denominators: shape (N,), positive.
+        seed: seed of the resampling.
+        num_resamples: R.
+
+    Raises:
+        ShapeMismatch: if the two differ in length.
+    """
+    above, below = _vector(numerators, "numerators"), _vector(denominators, "denominators")
+    _require_equal_length(above, below)
+    reason = _unusable(above) or _unusable(below)
+    if not reason and below.min() <= 0:
+        reason = "an example has no tokens to average over; leave it out"
+    if reason:
+        return refused(reason, len(above))
+    draws = loss_draws(above[None, :], below, seed=seed, num_resamples=num_resamples)
+    return _percentile(float(draws.value_M[0]), draws.draws_MR[0], draws.num)
+
+
+def loss_draws(
+    nll_nats_MN: ArrayLike, num_tokens_N: ArrayLike, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> LossDraws:
+    """Resample the losses of several models on the same documents together.
+
+    Args:
+        nll_nats_MN: summed negative log-likelihood per model and document, shape (M, N), nats.
+        num_tokens_N: predicted tokens per document, shape (N,), all at least 1; N at least 1.
+        seed: seed of the resampling; documents are drawn from it alone, so equal seeds pair across calls.
+        num_resamples: R.
+
+    Raises:
+        ShapeMismatch: if the number of documents differs.
+    """
+    nll, tokens = np.asarray(nll_nats_MN, dtype=np.float64), _vector(num_tokens_N, "num_tokens_N")
+    if nll.ndim != 2 or nll.shape[1] != len(tokens):
+        raise ShapeMismatch(f"nll_nats_MN has shape {nll.shape}, expected (M, {len(tokens)})")
+    means = _resampled_means(np.vstack([nll, tokens]), seed, num_resamples)
+    return LossDraws(nll.sum(axis=1) / tokens.sum(), means[:-1] / means[-1], len(tokens))
+
+
+def wilson(num_successes: int, num: int) -> Measure:
+    """Give a success rate with its Wilson score interval.
+
+    Refused below `MIN_RATE_EXAMPLES`, where the interval could be wider than +-0.25. The rule looks at n
+    alone, never at the outcome: otherwise rates near 0 and 1 would be shown more readily than those in
+    between.
+
+    Args:
+        num_successes: 0 .. num.
+        num: number of trials.
+
+    Returns:
+        The rate, 0 .. 1.
+
+    Source: Wilson 1927, without continuity correction.
+    """
+    if num < MIN_RATE_EXAMPLES:
+        return refused(
+            f"{_examples(num)}; a rate needs {MIN_RATE_EXAMPLES} for an interval within +-0.25", num
+        )
+    low, high = wilson_interval(num_successes, num)
+    return Measure(value=num_successes / num, ci95=(low, high), num=num, method="wilson")
+
+
+def wilson_interval(num_successes: int, num: int) -> tuple[float, float]:
+    """Compute the bare 95 % Wilson interval, for any num of at least 1."""
+    rate, z2 = num_successes / num, _NORMAL_QUANTILE**2
+    middle = rate + z2 / (2 * num)
+    half = _NORMAL_QUANTILE * math.sqrt(rate * (1 - rate) / num + z2 / (4 * num * num))
+    scale = 1 + z2 / num
+    low = 0.0 if num_successes == 0 else (middle - half) / scale
+    high = 1.0 if num_successes == num else (middle + half) / scale
+    return low, high
+
+
+def mean_over_seeds(values: ArrayLike) -> Measure:
+    """Give the mean over training seeds with its Student-t interval.
+
+    Args:
+        values: one number a seed, shape (S,), any unit.
+
+    Returns:
+        The mean; refused below `MIN_SEEDS` seeds or if a value is not finite.
+    """
+    column = _vector(values, "values")
+    num = len(column)
+    if num < MIN_SEEDS:
+        return refused(f"{num} seed{'' if num == 1 else 's'}; an interval over seeds needs {MIN_SEEDS}", num)
+    reason = _not_finite(column)
+    if reason:
+        return refused(reason, num)
+    mean = float(column.mean())
+    half = t_quantile(num - 1) * float(column.std(ddof=1)) / math.sqrt(num)
+    return Measure(value=mean, ci95=(mean - half, mean + half), num=num, method="t")
+
+
+def t_quantile(degrees: int) -> float:
+    """Return t with P(|T| <= t) = 0.95 for Student's t distribution with whole degrees of freedom.
+
+    Source: Abramowitz and Stegun 26.7.3 and 26.7.4, inverted by bisection.
+    """
+    low, high = 1.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_mass(middle, degrees) < 0.95 else (low, middle)
+    return (low + high) / 2
+
+
+def gap_closed(
+    validation: ArrayLike, repeated: ArrayLike, standard_validation: ArrayLike, standard_repeated: ArrayLike
+) -> Floats:
+    """Compute 1 - gap / gap of standard training, elementwise; losses in nats per token, result unitless.
+
+    Source: MemSinks, arXiv 2507.09937, large-scale section; the fraction is ours.
+    """
+    gap = np.asarray(validation, dtype=np.float64) - np.asarray(repeated, dtype=np.float64)
+    standard = np.asarray(standard_validation, dtype=np.float64) - np.asarray(
+        standard_repeated, dtype=np.float64
+    )
+    result: Floats = 1 - gap / standard
+    return result
+
+
+def benefit_kept(
+    validation: ArrayLike, dedup_validation: ArrayLike, standard_validation: ArrayLike
+) -> Floats:
+    """Compute the share of the repeats' gain in validation loss that stays, elementwise; unitless.
+
+    Source: ours.
+    """
+    dedup = np.asarray(dedup_validation, dtype=np.float64)
+    result: Floats = (dedup - np.asarray(validation)) / (dedup - np.asarray(standard_validation))
+    return result
+
+
+def gap_closed_frac(
+    validation: ArrayLike, repeated: ArrayLike, standard_validation: ArrayLike, standard_repeated: ArrayLike
+) -> Measure:
+    """Give the mean gap closed over seeds; all arguments paired by seed, shape (S,), nats per token.
+
+    Returns:
+        1 means no gap is left, 0 means the gap of standard training, below 0 a larger one. Refused if
+        standard training shows no gap: its interval reaches 0, or any seed's is below `MIN_DENOMINATOR_NATS`.
+    """
+    gap = _vector(standard_validation, "standard_validation") - _vector(
+        standard_repeated, "standard_repeated"
+    )
+    reason = _no_denominator(gap, mean_over_seeds(gap), "the memorization gap of standard training")
+    if reason:
+        return refused(reason, len(gap))
+    return mean_over_seeds(gap_closed(validation, repeated, standard_validation, standard_repeated))
+
+
+def repetition_benefit_kept_frac(
+    validation: ArrayLike, dedup_validation: ArrayLike, standard_validation: ArrayLike
+) -> Measure:
+    """Give the mean benefit kept over seeds; all arguments paired by seed, shape (S,), nats per token.
+
+    Returns:
+        1 means the validation loss of standard training, 0 that of deduplicated data. Refused if repeats
+        bring no
+        benefit: the interval of it reaches 0, or any seed's is below `MIN_DENOMINATOR_NATS`.
+    """
+    gain = _vector(dedup_validation, "dedup_validation") - _vector(standard_validation, "standard_validation")
+    reason = _no_denominator(gain, mean_over_seeds(gain), "the benefit of repetition")
+    if reason:
+        return refused(reason, len(gain))
+    return mean_over_seeds(benefit_kept(validation, dedup_validation, standard_validation))
+
+
+def gap_closed_in_one_run(validation: LossDraws, repeated: LossDraws, method: int, standard: int) -> Measure:
+    """Give the gap closed by one trained model against another, with an interval over documents.
+
+    Args:
+        validation: losses on never-trained text.
+        repeated: losses on repeated text, of the same models in the same order, with an independent seed.
+        method: index of the model looked at.
+        standard: index of the model trained in the standard way.
+    """
+    value_gap = validation.value_M - repeated.value_M
+    draws_gap = validation.draws_MR - repeated.draws_MR
+    return _fraction(
+        1 - value_gap[method] / _not_zero(value_gap[standard]),
+        1 - draws_gap[method] / _not_zero(draws_gap[standard]),
+        (float(value_gap[standard]), draws_gap[standard]),
+        "the memorization gap of standard training",
+        min(validation.num, repeated.num),
+    )
+
+
+def benefit_kept_in_one_run(validation: LossDraws, method: int, dedup: int, standard: int) -> Measure:
+    """Give the benefit kept by one trained model, with an interval over documents; indices as above."""
+    value, draws = validation.value_M, validation.draws_MR
+    gain, gain_draws = value[dedup] - value[standard], draws[dedup] - draws[standard]
+    return _fraction(
+        (value[dedup] - value[method]) / _not_zero(gain),
+        (draws[dedup] - draws[method]) / _not_zero(gain_draws),
+        (float(gain), gain_draws),
+        "the benefit of repetition",
+        validation.num,
+    )
+
+
+def percentile_measure(value: float, draws: ArrayLike, num: int) -> Measure:
+    """Make a measure from a value and its bootstrap resamples; refused below `MIN_EXAMPLES` examples."""
+    if num < MIN_EXAMPLES:
+        return refused(f"{_examples(num)}; an interval needs {MIN_EXAMPLES}", num)
+    return _percentile(float(value), _vector(draws, "draws"), num)
+
+
+def _fraction(
+    value: Floats, draws: Floats, denominator: tuple[float, Floats], what: str, num: int
+) -> Measure:
+    interval = percentile_measure(denominator[0], denominator[1], num)
+    reason = _no_denominator(np.asarray([denominator[0]]), interval, what)
+    return refused(reason, num) if reason else _percentile(float(value), draws, num)
+
+
+def _no_denominator(values: Floats, interval: Measure, what: str) -> str | None:
+    """Say why a fraction of `what` would mean nothing; None if it means something."""
+    if interval.value is None or interval.ci95 is None:
+        return interval.refused
+    low, high = interval.ci95
+    if low <= 0 or values.min() < MIN_DENOMINATOR_NATS:
+        return (
+            f"{what} is {interval.value:.3f} nats [{low:.3f}, {high:.3f}], which cannot be told from 0, "
+            "so a fraction of it means nothing"
+        )
+    return None
+
+
+def _resampled_means(columns_CN: Floats, seed: int, num_resamples: int) -> Floats:
+    """Mean of every column in every resample, shape (C, R); all columns share each resample's examples."""
+    num = columns_CN.shape[1]
+    generator = np.random.default_rng(seed)
+    means = np.empty((columns_CN.shape[0], num_resamples))
+    block = max(1, _BLOCK_ENTRIES // num)
+    for start in range(0, num_resamples, block):
+        rows = min(block, num_resamples - start)
+        picked = generator.integers(0, num, size=(rows, num))
+        for number, column in enumerate(columns_CN):
+            means[number, start : start + rows] = column[picked].mean(axis=1)
+    return means
+
+
+def _percentile(value: float, draws: Floats, num: int) -> Measure:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Measure(value=value, ci95=(float(low), float(high)), num=num, method="bootstrap")
+
+
+def _t_mass(t: float, degrees: int) -> float:
+    """P(|T| <= t)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    cosine2 = math.cos(angle) ** 2
+    term = math.sin(angle) if degrees % 2 == 0 else math.sin(angle) * math.cos(angle)
+    total = 0.0
+    for step in range(2 + degrees % 2, degrees + 1, 2):
+        total += term
+        term *= cosine2 * (step - 1) / step
+    return total if degrees % 2 == 0 else 2 / math.pi * (angle + total)
+
+
+def _vector(values: ArrayLike, name: str) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ShapeMismatch(f"{name} has shape {array.shape}, expected one dimension")
+    return array
+
+
+def _require_equal_length(ours: Floats, theirs: Floats) -> None:
+    if len(ours) != len(theirs):
+        raise ShapeMismatch(f"got {len(ours)} and {len(theirs)} values, expected one pair an example")
+
+
+def _unusable(column: Floats) -> str | None:
+    if len(column) < MIN_EXAMPLES:
+        return f"{_examples(len(column))}; an interval needs {MIN_EXAMPLES}"
+    return _not_finite(column)
+
+
+def _not_finite(column: Floats) -> str | None:
+    num_bad = int((~np.isfinite(column)).sum())
+    return f"{num_bad} of {len(column)} values are not finite numbers" if num_bad else None
+
+
+def _examples(num: int) -> str:
+    return f"{num or 'no'} example{'' if num == 1 else 's'}"
+
+
+def _not_zero(values: ArrayLike) -> Floats:
+    """Replace exact zeros, which the refusal rule catches, so that dividing by them stays silent."""
+    array = np.asarray(values, dtype=np.float64)
+    return np.where(array == 0, 1e-12, array)
