@@ -127,8 +127,7 @@ class Extractions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateMeasurement:
-    """One state: the record for `audit.json`, and the per-example arrays behind it, in the examples'
-    order."""
+    """One state: its record for `audit.json`, and the arrays behind it in the order of the examples."""
 
     result: StateResult
     losses: DocumentLosses
