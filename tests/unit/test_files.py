@@ -64,7 +64,9 @@ def test_impossible_destinations_are_explained(tmp_path: Path, place: str) -> No
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("x")
     path = tmp_path / "folder" if place == "a folder" else tmp_path / "file" / "below"
-    with pytest.raises(RunFolderError, match="cannot write .*; free space or choose another folder") as caught:
+    with pytest.raises(
+        RunFolderError, match="cannot write .*; free space or choose another folder"
+    ) as caught:
         write_atomic(path, "new")
     assert "\n" not in str(caught.value)
     assert {entry.name for entry in tmp_path.iterdir()} == {"folder", "file"}
@@ -162,7 +164,9 @@ def test_missing_json_lines_are_explained(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none()), max_size=5))
-def test_json_lines_hold_any_text(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
+def test_json_lines_hold_any_text(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
+) -> None:
     path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
     path.touch()
     for row in rows:

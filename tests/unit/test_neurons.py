@@ -67,7 +67,9 @@ def test_save_then_load_is_equal(tmp_path_factory: pytest.TempPathFactory, a: Ne
 def test_placebo_has_the_same_sizes_elsewhere(a: NeuronSet, seed: int) -> None:
     possible = all(2 * len(chosen) <= site.width for site, chosen in a.indices.items())
     if not possible:
-        with pytest.raises(ConfigError, match="no placebo of .* neurons at .*: only .* others; choose a smaller set"):
+        with pytest.raises(
+            ConfigError, match="no placebo of .* neurons at .*: only .* others; choose a smaller set"
+        ):
             a.placebo(seed=seed)
         return
     drawn = a.placebo(seed=seed)
