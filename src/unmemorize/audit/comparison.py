@@ -195,25 +195,27 @@ def _seed_results(runs: Mapping[str, RunResult], seed: int, num_resamples: int) 
 
 
 def _draws(runs: Mapping[str, RunResult], group: Group, seed: int, num_resamples: int) -> LossDraws | None:
-    """Resample one group's documents for all methods of a seed together; None if a run lists no documents."""
-    rows, first = [], next(iter(runs.values()))
-    wanted = [(d.example, d.num_tokens) for d in first.documents if d.group == group]
-    for run in runs.values():
-        losses = {
-            (d.example, d.num_tokens): d.loss_nats.get(run.state) for d in run.documents if d.group == group
+    """Resample one group's documents for all methods of a seed together; None if a run has none."""
+    tables = {
+        method: {
+            document.example: (document.num_tokens, document.loss_nats[run.state])
+            for document in run.documents
+            if document.group == group and run.state in document.loss_nats
         }
-        if set(losses) != set(wanted):
+        for method, run in runs.items()
+    }
+    if not all(tables.values()):
+        return None
+    first = next(iter(tables))
+    tokens = {example: num for example, (num, _) in tables[first].items()}
+    for method, table in tables.items():
+        if {example: num for example, (num, _) in table.items()} != tokens:
             raise DataError(
-                f"seed {run.seed}: {run.method} and {first.method} were measured on different {group} "
+                f"seed {runs[method].seed}: {method} and {first} were measured on different {group} "
                 "documents; measure them on the same ones"
             )
-        values = [losses[key] for key in wanted]
-        if not values or any(value is None for value in values):
-            return None
-        rows.append(
-            [value * num for value, (_, num) in zip(values, wanted, strict=True) if value is not None]
-        )
-    return loss_draws(rows, [num for _, num in wanted], seed=seed, num_resamples=num_resamples)
+    nll = [[table[example][1] * num for example, num in tokens.items()] for table in tables.values()]
+    return loss_draws(nll, list(tokens.values()), seed=seed, num_resamples=num_resamples)
 
 
 def _group(run: RunResult, group: Group) -> GroupResult:

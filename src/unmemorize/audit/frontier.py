@@ -149,12 +149,15 @@ def beyond_curve_in_one_run(
 
 
 def _too_few_points(num: int) -> str:
-    return f"the cap:R curve has {num} points; it needs standard, dedup and a cap:R between them"
+    return f"points on the cap:R curve: {num}; it needs standard, dedup and a cap:R between them"
 
 
 def _out_of_range(validation: float, curve_K: Floats) -> str | None:
     low, high = float(curve_K.min()), float(curve_K.max())
     if low <= validation <= high:
         return None
-    side, end = ("better", f"{low:.3f} at best") if validation < low else ("worse", f"{high:.3f} at worst")
-    return f"validation loss {validation:.3f} is {side} than every point of the cap:R curve ({end})"
+    if validation < low:
+        rank = f"better than every point of the cap:R curve, whose best is {low:.3f}"
+    else:
+        rank = f"worse than every point of the cap:R curve, whose worst is {high:.3f}"
+    return f"validation loss {validation:.3f} is {rank}, so nothing on it is equal"
