@@ -110,7 +110,7 @@ def test_comparison_of_the_trial(tmp_path) -> None:  # noqa: ANN001
     audit = audit_of(make_runs(TRIAL))
     assert [method.method for method in audit.methods] == list(TRIAL)
     sinks = method_of(audit, "sinks")
-    # gap 1.63 of 2.43 left; benefit 0.22 of 0.25 kept; the curve has 0.88 + 0.03 / 0.13 * 1.76 = 1.286 at 3.34
+    # gap 1.63 of 2.43 left; benefit 0.22 of 0.25 kept; curve at 3.34: 0.88 + 0.03 / 0.13 * 1.76 = 1.286
     assert sinks.summary.gap_closed_frac.value == pytest.approx(1 - 1.63 / 2.43, abs=0.01)
     assert sinks.summary.repetition_benefit_kept_frac.value == pytest.approx(0.22 / 0.25, abs=0.05)
     assert sinks.summary.beyond_curve_nats.value == pytest.approx(1.71 - 1.286, abs=0.15)

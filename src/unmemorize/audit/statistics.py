@@ -1,8 +1,8 @@
 """Figures with 95 % intervals, and the rules that refuse a figure its sample cannot support.
 
-Within one trained model the unit is the example: intervals are percentile bootstraps over examples, all
-models on the same examples resampled together. Between trainings the unit is the seed: intervals are Student
-t over seeds.
+Within one trained model the unit is the example: intervals are expanded percentile bootstraps over examples,
+all models on the same examples resampled together. Between trainings the unit is the seed: intervals are
+Student t over seeds.
 
     gap closed    = 1 - (val - rep) / (val_standard - rep_standard)
     benefit kept  = (val_dedup - val) / (val_dedup - val_standard)
@@ -12,8 +12,8 @@ no group and no file. Every refusal rule is one of the five constants below; doc
 reasons.
 
 Letters: N examples, C columns, M models, S seeds, R resamples.
-Source: Efron and Tibshirani 1993, ch. 13 (percentile bootstrap); Wilson 1927; the rules and fractions are
-ours.
+Source: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Hesterberg 2015, section 5.3 (expanded
+percentiles); Wilson 1927; the rules and fractions are ours.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def bootstrap_mean(values: ArrayLike, *, seed: int = 0, num_resamples: int = NUM
     Returns:
         The mean in the unit of `values`; refused below `MIN_EXAMPLES` examples or if a value is not finite.
 
-    Source: Efron and Tibshirani 1993, section 13.3.
+    Source: Efron and Tibshirani 1993, section 13.3; tails by Hesterberg 2015.
     """
     column = _vector(values, "values")
     reason = _unusable(column)
@@ -213,8 +213,11 @@ def mean_over_seeds(values: ArrayLike) -> Measure:
 def t_quantile(degrees: int) -> float:
     """Return t with P(|T| <= t) = 0.95 for Student's t distribution with whole degrees of freedom.
 
-    Source: Abramowitz and Stegun 26.7.3 and 26.7.4, inverted by bisection.
+    Source: Abramowitz and Stegun 26.7.3 and 26.7.4, inverted by bisection; above 100 degrees their 26.7.5.
     """
+    if degrees > 100:
+        z = _NORMAL_QUANTILE
+        return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
     low, high = 1.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -360,7 +363,9 @@ def _resampled_means(columns_CN: Floats, seed: int, num_resamples: int) -> Float
 
 
 def _percentile(value: float, draws: Floats, num: int) -> Measure:
-    low, high = np.percentile(draws, [2.5, 97.5])
+    """Expanded percentile interval: the tails are those of a t distribution, which small samples need."""
+    tail = 0.5 * math.erfc(math.sqrt(num / (num - 1)) * t_quantile(num - 1) / math.sqrt(2))
+    low, high = np.percentile(draws, [100 * tail, 100 * (1 - tail)])
     return Measure(value=value, ci95=(float(low), float(high)), num=num, method="bootstrap")
 
 
