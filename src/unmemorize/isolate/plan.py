@@ -227,6 +227,16 @@ class SinkPlan:
         mask = torch.zeros(len(ids), place.num_pool, dtype=torch.bool, device=ids.device)
         return mask.scatter_(1, self.sinks(ids, site), True)
 
+    def ownership_frac(self, site: int = 0) -> Tensor:
+        """Return the share of ids that own each sink of a site: shape (num_pool,), float32, 0..1."""
+        place = self.sites[site]
+        if self.scheme == "disjoint" and self.sources:
+            return self.mask(torch.tensor(self.sources, dtype=torch.int64), site).float().mean(0)
+        if self.scheme == "published":
+            assert self.active_frac is not None
+            return torch.full((place.num_pool,), self.active_frac)
+        return torch.full((place.num_pool,), place.num_sinks / place.num_pool)
+
     def neurons_for(self, ids: int | list[int]) -> NeuronSet:
         """Return all sinks that one id, or any of several ids, owns."""
         wanted = torch.tensor([ids] if isinstance(ids, int) else list(ids), dtype=torch.int64)
@@ -285,7 +295,7 @@ class SinkPlan:
         order = registered.argsort()
         ranked = registered[order]
         place = torch.searchsorted(ranked, ids).clamp(max=max(len(ranked) - 1, 0))
-        if not len(ranked) or not torch.equal(ranked[place], ids):
+        if len(ids) and (not len(ranked) or not torch.equal(ranked[place], ids)):
             unknown = [i for i in ids.tolist() if i not in set(self.sources)][:3]
             raise IdError(
                 f"ids {unknown} are not registered in this disjoint plan; register them with with_sources"
