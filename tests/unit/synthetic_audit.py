@@ -242,8 +242,8 @@ def synthetic_audit(num_seeds: int = 3, methods: tuple[str, ...] = tuple(LOSSES)
     return Audit(
         kind="training",
         title="Isolating 64 repeated stories in a small language model",
-        verdict="With its sinks removed the model has lost 61 % of what standard training memorized and keeps "
-        "84 % of what repetition taught it; no cap on repeats reaches both.",
+        verdict="With its sinks removed the model has lost 60% of what standard training memorized and keeps "
+        "83% of what repetition taught it; no cap on repeats reaches both.",
         settings={
             "corpus": "stories.jsonl.gz",
             "mixture": {"num_repeated": 64, "repeats": 64, "num_once": 6000, "num_validation": 300},

@@ -60,6 +60,7 @@ class Point:
     repeats: float | None
     series: int
     is_headline: bool
+    beyond: float | None
     words: str
 
     @property
@@ -84,7 +85,7 @@ class Layout(NamedTuple):
     is_narrow: bool
 
 
-WIDE = Layout(1040, 620, 15, 6.5, False)
+WIDE = Layout(1040, 580, 15, 7, False)
 NARROW = Layout(352, 460, 12, 5, True)
 
 
@@ -115,6 +116,7 @@ def frontier_points(audit: Audit, run: int = 0, headline: str = "") -> list[Poin
                 repeats=repeats_of(result.method),
                 series=series.get(result.method.partition(":")[0], 0),
                 is_headline=result.method == headline,
+                beyond=_value(headline_measure(result, "beyond_curve_nats")),
                 words=_words(result),
             )
         )
@@ -125,9 +127,14 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def _value(measure: Measure | None) -> float | None:
+    return measure.value if measure and is_given(measure) else None
+
+
 def _value_or_mean(measure: Measure | None, seeds: Sequence[float]) -> float:
     """Where the mark stands; two seeds have a mean but no interval."""
-    return measure.value if measure and measure.value is not None and is_given(measure) else _mean(seeds)
+    value = _value(measure)
+    return _mean(seeds) if value is None else value
 
 
 def _words(result: MethodResult) -> str:
@@ -168,6 +175,8 @@ def frontier(points: Sequence[Point], layout: Layout, *, ident: str, description
     clip = tag("clipPath", tag("rect", **_rectangle(frame)), id=f"{ident}-clip")
     inside = [_dominated(points, x_scale, y_scale, frame), _diagonal(x_scale, y_scale, frame)]
     inside += [_curve_line(points, run, x_scale, y_scale) for run in sorted({point.run for point in points})]
+    if len({point.run for point in points}) == 1:
+        inside += [_gain_line(point, x_scale, y_scale) for point in points]
     inside += [_cross(point, x_scale, y_scale) for point in points]
     inside += [_seed_dots(point, x_scale, y_scale, layout) for point in points if len(point.seeds) > 1]
     parts = [
@@ -237,6 +246,19 @@ def _curve_line(points: Sequence[Point], run: int, x_scale: Scale, y_scale: Scal
     return plots.polyline(curve, "cap-line hollow" if run else "cap-line") if len(curve) > 1 else Markup("")
 
 
+def _gain(point: Point) -> tuple[float, float] | None:
+    """Loss at the mark and at the curve below (or above) it, for the headline method."""
+    return (point.y, point.y - point.beyond) if point.is_headline and point.beyond is not None else None
+
+
+def _gain_line(point: Point, x_scale: Scale, y_scale: Scale) -> Markup:
+    ends = _gain(point)
+    if ends is None:
+        return Markup("")
+    x, (high, low) = x_scale(point.x), (y_scale(end) for end in ends)
+    return tag("line", x1=x, x2=x, y1=high, y2=low, class_=f"gain {point.class_}")
+
+
 def _cross(point: Point, x_scale: Scale, y_scale: Scale) -> Markup:
     x, y = x_scale(point.x), y_scale(point.y)
     lines = []
@@ -289,10 +311,9 @@ def _words_on_plot(
     """Direct labels, the note about the diagonal and the arrow that says where better is."""
     marks = [plots.around(x_scale(p.x), y_scale(p.y), _mark_radius(p, layout) + 2) for p in points]
     lines = [_screen_line(curve_of(points, run), x_scale, y_scale) for run in {p.run for p in points}]
+    lines += [line for p in points for line in _thin_lines(p, x_scale, y_scale)]
     obstacles = marks + [box for line in lines for box in plots.line_obstacles(line)]
-    obstacles += [
-        plots.around(x_scale(x), y_scale(y), layout.radius * 0.5) for p in points for x, y in p.seeds
-    ]
+    obstacles += [plots.around(x_scale(x), y_scale(y), layout.radius / 2) for p in points for x, y in p.seeds]
     arrow, arrow_box = _better_arrow(obstacles, frame, layout)
     note, note_box = _diagonal_note(obstacles, x_scale, y_scale, frame, layout)
     num_runs = len({point.run for point in points})
@@ -307,8 +328,47 @@ def _words_on_plot(
         )
         for p in ranked
     ]
-    labels = plots.place_labels(anchors, [*obstacles, arrow_box, note_box], frame, layout.font)
-    return plots.join([arrow, note, *[plots.draw_label(label, layout.font) for label in labels]])
+    if num_runs == 1:
+        anchors += [anchor for p in points if (anchor := _gain_anchor(p, x_scale, y_scale, layout))]
+    reach, reach_box = _reach_note(points, [*obstacles, arrow_box], frame, layout)
+    labels = plots.place_labels(anchors, [*obstacles, arrow_box, note_box, reach_box], frame, layout.font)
+    return plots.join([arrow, note, reach, *[plots.draw_label(label, layout.font) for label in labels]])
+
+
+def _gain_anchor(point: Point, x_scale: Scale, y_scale: Scale, layout: Layout) -> Anchor | None:
+    """The label of the dashed line between the headline method and the curve, if there is room for it."""
+    ends = _gain(point)
+    if ends is None or abs(y_scale(ends[0]) - y_scale(ends[1])) < layout.font * 2.5:
+        return None
+    text = number_text(ends[0] - ends[1], "difference") + ("" if layout.is_narrow else " nats")
+    return Anchor(x_scale(point.x), y_scale(sum(ends) / 2), text, 2, f"note-label {point.class_}")
+
+
+def _reach_note(
+    points: Sequence[Point], obstacles: Sequence[Box], frame: Box, layout: Layout
+) -> tuple[Markup, Box]:
+    """Words in the shaded area, where nothing is in the way."""
+    nothing = (Markup(""), Box(0, 0, 0, 0))
+    if len(curve_of(points, min(point.run for point in points))) < 2:
+        return nothing
+    text = "capping is enough here"
+    width, height = len(text) * layout.font * 0.55, layout.font * 1.2
+    left = frame.right - width - layout.font
+    tops = [frame.top + (frame.bottom - frame.top) * share for share in (0.5, 0.58, 0.42, 0.66)]
+    boxes = [Box(left, top, left + width, top + height) for top in tops]
+    free = [box for box in boxes if not any(box.overlap(obstacle) for obstacle in obstacles)]
+    if not free:
+        return nothing
+    box = free[0]
+    words = tag("text", text, x=box.right, y=box.bottom - layout.font * 0.3, class_="note end")
+    return words, box
+
+
+def _thin_lines(point: Point, x_scale: Scale, y_scale: Scale) -> list[list[tuple[float, float]]]:
+    """The cross of a mark and its drop to the curve, as lines that labels keep clear of."""
+    x, y = x_scale(point.x), y_scale(point.y)
+    lines = [[(x, y_scale(end)) for end in ends] for ends in (point.y_interval, _gain(point)) if ends]
+    return lines + ([[(x_scale(end), y) for end in point.x_interval]] if point.x_interval else [])
 
 
 def _screen_line(curve: Sequence[Point], x_scale: Scale, y_scale: Scale) -> list[tuple[float, float]]:
@@ -401,8 +461,8 @@ def learning_panel(
         losses: range of the y axis in nats, shared by all panels.
         ident: unique id of the picture in its page.
     """
-    curves, width, height, font = curves_of(result), 196.0, 150.0, 11.0
-    frame = Box(26, 8, width - 8, height - 20)
+    curves, width, height, font = curves_of(result), 236.0, 168.0, 12.0
+    frame = Box(28, 8, width - 10, height - 22)
     x_scale = Scale(*steps, frame.left, frame.right)
     y_scale = Scale(*losses, frame.bottom, frame.top)
     screen = {
@@ -410,17 +470,20 @@ def learning_panel(
         for name, lines in (("validation", curves.validation), ("repeated", curves.repeated))
     }
     means = {name: mean_line(lines) for name, lines in screen.items()}
-    parts = [_panel_axes(x_scale, y_scale, frame, font)]
+    parts = []
     if means["validation"] and means["repeated"]:
         parts.append(plots.polyline([*means["validation"], *reversed(means["repeated"])], "gap", closed=True))
     for name, lines in screen.items():
         if len(lines) > 1:
             parts += [plots.polyline(line, f"line thin {name}") for line in lines if line]
         parts.append(plots.polyline(means[name], f"line {name}"))
+    clip = tag("clipPath", tag("rect", **_rectangle(frame)), id=f"{ident}-clip")
+    inside = tag("g", plots.join(parts), clip_path=f"url(#{ident}-clip)")
+    body = plots.join([clip, _panel_axes(x_scale, y_scale, frame, font), inside])
     ends = {name: number_text(mean_line(getattr(curves, name))[-1][1], "loss") for name in means if means[name]}
     words = "; ".join(f"{name} loss ends at {text} nats" for name, text in ends.items())
     return plots.picture(
-        width, height, plots.join(parts), ident=ident, title=f"Learning curves: {result.label}", description=words
+        width, height, body, ident=ident, title=f"Learning curves: {result.label}", description=words
     )
 
 

@@ -52,16 +52,18 @@ def documents_table(audit: Audit, headline: str, ident: str) -> Table | None:
     if not documents or not columns:
         return None
     shown = list(documents.values())[:MAX_DOCUMENT_ROWS]
+    has_sources = len({document.source for document in documents.values()}) > 1
     full = max((loss for table in losses.values() for loss in table.values()), default=0.0)
+    tones = {column: _tone(audit, column, headline) for column in columns}
     rows = [
         Row(
             name=clip(document.example),
-            hint=clip(document.source),
+            hint=clip(document.source) if has_sources else "",
             cells=(
+                *[_loss_cell(losses[column].get(document.example), full, tones[column]) for column in columns],
                 Cell(text=GROUPS[document.group], value=document.group),
                 Cell(text=f"{document.repeats}\N{MULTIPLICATION SIGN}", value=document.repeats),
                 Cell(text=str(document.num_tokens), value=document.num_tokens),
-                *[_loss_cell(losses[column].get(document.example), full, column[1]) for column in columns],
             ),
         )
         for document in shown
@@ -72,10 +74,10 @@ def documents_table(audit: Audit, headline: str, ident: str) -> Table | None:
         caption="Loss of each document, nats per token",
         columns=(
             Column(name="Document", is_number=False),
+            *[Column(name=heading) for _, _, heading in columns],
             Column(name="Group", is_number=False),
             Column(name="Seen"),
             Column(name="Tokens"),
-            *[Column(name=heading) for _, _, heading in columns],
         ),
         rows=tuple(rows),
         is_sortable=True,
@@ -97,10 +99,18 @@ def _mean_losses(audit: Audit, column: DocumentColumn) -> dict[str, float]:
     return {example: sum(values) / len(values) for example, values in found.items()}
 
 
-def _loss_cell(loss: float | None, full: float, state: str) -> Cell:
+def _tone(audit: Audit, column: DocumentColumn, headline: str) -> str:
+    """Bars of standard training and of the headline method as shipped stand out."""
+    method, state, _ = column
+    if method == "standard":
+        return "repeated"
+    shipped = {seed.state for result in audit.methods if result.method == headline for seed in result.seeds}
+    return "good" if method == headline and state in shipped else ""
+
+
+def _loss_cell(loss: float | None, full: float, tone: str) -> Cell:
     if loss is None:
         return Cell(text="")
-    tone = "repeated" if state in ("plain", "own", "all") else "validation"
     return Cell(
         text=number_text(loss, "loss"), value=loss, bar_frac=min(loss / full, 1.0) if full else None, tone=tone
     )

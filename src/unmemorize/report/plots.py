@@ -80,6 +80,8 @@ def tick_step(low: float, high: float, target: int) -> float:
 
 def tick_text(value: float, step: float) -> str:
     """Word a tick with the decimals its step needs, thousands as k."""
+    if value == 0:
+        return "0"
     if step >= 1000 or (value and abs(value) >= 1000 and value % 500 == 0):
         return f"{value / 1000:g}k"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -173,7 +175,8 @@ _DIRECTIONS = ((1, 0), (-1, 0), (0, -1), (0, 1), (0.7, -0.7), (0.7, 0.7), (-0.7,
 _REACHES = (4, 12, 24, 40, 60)
 
 
-def _candidates(anchor: Anchor, size: float) -> list[tuple[Box, float, bool]]:
+def _candidates(anchor: Anchor, size: float, frame: Box) -> list[tuple[Box, float, bool]]:
+    """Boxes around a mark with their price; those above and below slide sideways to stay in the frame."""
     width = len(anchor.text) * size * CHARACTER_WIDTH_EM
     height = size * 1.15
     boxes = []
@@ -182,7 +185,9 @@ def _candidates(anchor: Anchor, size: float) -> list[tuple[Box, float, bool]]:
             x = anchor.x + dx * (anchor.radius + reach)
             y = anchor.y + dy * (anchor.radius + reach)
             left = x if dx > 0 else x - width if dx < 0 else x - width / 2
-            top = y if dy > 0.9 else y - height if dy < -0.9 else y - height / 2
+            if dy:
+                left = max(frame.left, min(left, frame.right - width))
+            top = y if dy > 0 else y - height if dy < 0 else y - height / 2
             cost = reach * 2.0 + preference * 1.5
             boxes.append((Box(left, top, left + width, top + height), cost, reach > _REACHES[1]))
     return boxes
@@ -204,7 +209,7 @@ def place_labels(
         One label for each anchor, in order. Deterministic.
     """
     options = [
-        [(box, cost + _fixed_cost(box, obstacles, frame), far) for box, cost, far in _candidates(anchor, size)]
+        [(box, cost + _fixed_cost(box, obstacles, frame), far) for box, cost, far in _candidates(anchor, size, frame)]
         for anchor in anchors
     ]
     chosen: list[tuple[Box, float, bool] | None] = [None] * len(anchors)
@@ -241,12 +246,9 @@ def draw_label(label: Label, size: float) -> Markup:
     """Text of a placed label, with a thin leader line when it stands away from its mark."""
     box, anchor = label.box, label.anchor
     middle = (box.top + box.bottom) / 2
-    if box.left >= anchor.x:
-        side, x = "start", box.left
-    elif box.right <= anchor.x:
-        side, x = "end", box.right
-    else:
-        side, x = "middle", (box.left + box.right) / 2
+    sides = {"start": box.left, "end": box.right, "middle": (box.left + box.right) / 2}
+    side = "start" if box.left >= anchor.x else "end" if box.right <= anchor.x else "middle"
+    x = sides[side]
     text = tag(
         "text", anchor.text, x=x, y=middle + size * 0.35, text_anchor=side, class_=f"label {anchor.class_}"
     )

@@ -31,6 +31,7 @@ from unmemorize.report.tables import (
 )
 
 MAX_EMBEDDED_BYTES = 4_000_000
+EARLY_FRAC = 0.06  # the steep beginning of training may leave the panels at the top
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +279,9 @@ def _panels(audit: Audit, headline: str, ident: str) -> tuple[Panel, ...]:
     if not everything or len({step for step, _ in everything}) < 2:
         return ()
     steps = (0.0, max(step for step, _ in everything))
-    losses = (max(0.0, min(loss for _, loss in everything) - 0.1), max(loss for _, loss in everything) + 0.1)
+    late = [loss for step, loss in everything if step >= EARLY_FRAC * steps[1]]
+    pad = 0.04 * (max(late) - min(late)) or 0.1
+    losses = (max(0.0, min(late) - pad), max(late) + pad)
     return tuple(
         Panel(
             title=result.label or result.method,

@@ -79,6 +79,9 @@ class Table:
     note: str = ""
 
 
+COSTS = ("Seeds", "Parameters", "Tokens/s", "Time a seed")
+
+
 def settings_text(settings: Mapping[str, Any]) -> str:
     """One line of `name value` pairs."""
     pairs = flatten(settings)
@@ -139,6 +142,7 @@ def methods_table(audit: Audit, headline: str, ident: str) -> Table:
     """All methods with their five headline figures, settings and cost."""
     fields = [name for name in HEADLINES if any(headline_measure(one, name) for one in audit.methods)]
     fulls = {name: _full_bar(audit, name) for name in fields}
+    same = _shared_costs(audit)
     rows = []
     for result in audit.methods:
         figures = [headline_cell(result, name, full=fulls[name]) for name in fields]
@@ -146,13 +150,13 @@ def methods_table(audit: Audit, headline: str, ident: str) -> Table:
             Row(
                 name=result.label or result.method,
                 hint=settings_text(result.settings),
-                cells=(*figures, *_cost_cells(result)),
+                cells=(*figures, *[cell for name, cell in _costs(result).items() if name not in same]),
                 is_strong=result.method == headline,
             )
         )
     columns = [Column(name="Method", is_number=False)]
     columns += [Column(name=HEADLINES[name][0]) for name in fields]
-    columns += [Column(name=name) for name in ("Seeds", "Parameters", "Tokens/s", "Time a seed")]
+    columns += [Column(name=name) for name in COSTS if name not in same]
     return Table(
         ident=ident,
         caption="Methods and their headline figures",
@@ -164,7 +168,8 @@ def methods_table(audit: Audit, headline: str, ident: str) -> Table:
 
 
 def _tone(field: str) -> str:
-    return {"repeated_loss_nats": "repeated", "validation_loss_nats": "validation"}.get(field, "good")
+    tones = {"validation_loss_nats": "validation", "extraction_rate_frac": "repeated"}
+    return tones.get(field, "repeated" if field == "repeated_loss_nats" else "good")
 
 
 def _full_bar(audit: Audit, field: str) -> float | None:
@@ -176,24 +181,30 @@ def _full_bar(audit: Audit, field: str) -> float | None:
     return max((one.value for one in measures if one is not None and one.value is not None), default=None)
 
 
-def _cost_cells(result: MethodResult) -> tuple[Cell, ...]:
+def _costs(result: MethodResult) -> dict[str, Cell]:
     count = len(result.seeds)
     parameters = max((seed.num_parameters for seed in result.seeds), default=0)
     speed = sum(seed.tokens_per_s for seed in result.seeds) / count if count else 0.0
     seconds = sum(seed.train_s for seed in result.seeds) / count if count else 0.0
-    return (
-        Cell(text=str(count), value=count),
-        Cell(text=count_text(parameters) if parameters else "", value=parameters or None),
-        Cell(text=count_text(speed) if speed else "", value=speed or None),
-        Cell(text=time_text(seconds) if seconds else "", value=seconds or None),
-    )
+    texts = (str(count), count_text(parameters), count_text(speed), time_text(seconds))
+    values = (count, parameters, speed, seconds)
+    return {
+        name: Cell(text=text, value=value) if value else Cell(text="")
+        for name, text, value in zip(COSTS, texts, values, strict=True)
+    }
+
+
+def _shared_costs(audit: Audit) -> set[str]:
+    """Seeds and parameters when all methods have the same; the story above the tables names them."""
+    costs = [_costs(result) for result in audit.methods]
+    return {name for name in ("Seeds", "Parameters") if len({cost[name].value for cost in costs}) == 1}
 
 
 def _seed_note(audit: Audit) -> str:
     counts = {len(result.seeds) for result in audit.methods}
     if counts == {1}:
         return "One seed: intervals are over documents, and say nothing about another training run."
-    return "Intervals in brackets are 95 %, over seeds."
+    return "Intervals in brackets are 95%, over seeds."
 
 
 def ordered_methods(audit: Audit, headline: str) -> list[MethodResult]:
@@ -223,7 +234,7 @@ def states_table(audit: Audit, headline: str, ident: str) -> Table | None:
 
 
 POOLED_NOTE = (
-    "Means over seeds; brackets are 95 % intervals over documents (with several seeds the widest of theirs)."
+    "Means over seeds; brackets are 95% intervals over documents (with several seeds the widest of theirs)."
 )
 
 
@@ -275,9 +286,9 @@ def _state_row(
 ) -> Row:
     label = result.label or result.method
     name = label if state.state == "plain" else f"{label}, {state.state}"
-    hint = state.description or STATES[state.state]
+    hint = state.description or ("" if state.state == "plain" else STATES[state.state])
     if state.rescaled:
-        hint += ", rescaled"
+        hint = f"{hint}, rescaled".removeprefix(", ")
     return Row(
         name=name,
         hint=hint,

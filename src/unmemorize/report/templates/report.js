@@ -67,7 +67,7 @@
     const shown = button && !wanted ? Number(box.dataset.shown) : Infinity;
     let count = 0;
     for (const row of table.tBodies[0].rows) {
-      const texts = Array.from(row.cells).slice(0, 2).map((cell) => cell.textContent.toLowerCase());
+      const texts = all(row, "th, td.w").map((cell) => cell.textContent.toLowerCase());
       const passes = texts.some((text) => text.includes(wanted));
       count += passes;
       row.classList.toggle("more", !passes || count > shown);
