@@ -9,20 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmemorize.audit.statistics import (
-    MIN_RATE_EXAMPLES,
+from unmemorize.audit.fractions import (
     benefit_kept,
     benefit_kept_in_one_run,
+    gap_closed,
+    gap_closed_frac,
+    gap_closed_in_one_run,
+    repetition_benefit_kept_frac,
+)
+from unmemorize.audit.statistics import (
+    MIN_RATE_EXAMPLES,
     bootstrap_difference,
     bootstrap_mean,
     bootstrap_ratio,
     exact,
-    gap_closed,
-    gap_closed_frac,
-    gap_closed_in_one_run,
     loss_draws,
     mean_over_seeds,
-    repetition_benefit_kept_frac,
     t_quantile,
     wilson,
     wilson_interval,

@@ -17,6 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from unmemorize.audit.fractions import (
+    benefit_kept_in_one_run,
+    gap_closed_frac,
+    gap_closed_in_one_run,
+    repetition_benefit_kept_frac,
+)
 from unmemorize.audit.frontier import (
     DEDUP,
     MIN_CURVE_POINTS,
@@ -31,14 +37,10 @@ from unmemorize.audit.statistics import (
     NUM_RESAMPLES,
     Floats,
     LossDraws,
-    benefit_kept_in_one_run,
     exact,
-    gap_closed_frac,
-    gap_closed_in_one_run,
     loss_draws,
     mean_over_seeds,
     refused,
-    repetition_benefit_kept_frac,
 )
 from unmemorize.audit.verdict import verdict
 from unmemorize.errors import ConfigError, DataError

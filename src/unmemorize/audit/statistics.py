@@ -4,16 +4,12 @@ Within one trained model the unit is the example: intervals are expanded percent
 all models on the same examples resampled together. Between trainings the unit is the seed: intervals are
 Student t over seeds.
 
-    gap closed    = 1 - (val - rep) / (val_standard - rep_standard)
-    benefit kept  = (val_dedup - val) / (val_dedup - val_standard)
-
-with `val` the loss on text never trained on and `rep` the loss on repeated text. Pure numpy: knows no model,
-no group and no file. Every refusal rule is one of the five constants below; docs/metrics.md gives the
-reasons.
+Pure numpy: knows no model, no group and no file. The refusal rules are the constants below; docs/metrics.md
+gives the reasons.
 
 Letters: N examples, C columns, M models, S seeds, R resamples.
-Source: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Hesterberg 2015, section 5.3 (expanded
-percentiles); Wilson 1927; the rules and fractions are ours.
+Source: Efron and Tibshirani 1993, chapter 13 (percentile bootstrap); Hesterberg 2015 (expanded percentiles);
+Wilson 1927; the rules are ours.
 """
 
 from __future__ import annotations
@@ -32,7 +28,6 @@ Floats = NDArray[np.float64]
 MIN_EXAMPLES = 5  # below, a percentile bootstrap has too few distinct resamples to mean anything
 MIN_RATE_EXAMPLES = 12  # the smallest n whose Wilson interval is at most +-0.25 whatever the outcome
 MIN_SEEDS = 3  # below, the t quantile is 12.7 and an interval says nothing
-MIN_DENOMINATOR_NATS = 0.01  # a gap or benefit below this is not worth a fraction of it
 NUM_RESAMPLES = 10_000
 
 _BLOCK_ENTRIES = 2_000_000  # resample indices drawn at a time: 16 MB
@@ -77,7 +72,7 @@ def bootstrap_mean(values: ArrayLike, *, seed: int = 0, num_resamples: int = NUM
 
     Source: Efron and Tibshirani 1993, section 13.3; tails by Hesterberg 2015.
     """
-    column = _vector(values, "values")
+    column = vector(values, "values")
     reason = _unusable(column)
     if reason:
         return refused(reason, len(column))
@@ -101,7 +96,7 @@ def bootstrap_difference(
 
     Source: paired percentile bootstrap, Efron and Tibshirani 1993, section 8.3.
     """
-    ours, theirs = _vector(values, "values"), _vector(reference, "reference")
+    ours, theirs = vector(values, "values"), vector(reference, "reference")
     _require_equal_length(ours, theirs)
     return bootstrap_mean(ours - theirs, seed=seed, num_resamples=num_resamples)
 
@@ -122,7 +117,7 @@ def bootstrap_ratio(
     Raises:
         ShapeMismatch: if the two differ in length.
     """
-    above, below = _vector(numerators, "numerators"), _vector(denominators, "denominators")
+    above, below = vector(numerators, "numerators"), vector(denominators, "denominators")
     _require_equal_length(above, below)
     reason = _unusable(above) or _unusable(below)
     if not reason and below.min() <= 0:
@@ -147,7 +142,7 @@ def loss_draws(
     Raises:
         ShapeMismatch: if the number of documents differs.
     """
-    nll, tokens = np.asarray(nll_nats_MN, dtype=np.float64), _vector(num_tokens_N, "num_tokens_N")
+    nll, tokens = np.asarray(nll_nats_MN, dtype=np.float64), vector(num_tokens_N, "num_tokens_N")
     if nll.ndim != 2 or nll.shape[1] != len(tokens):
         raise ShapeMismatch(f"nll_nats_MN has shape {nll.shape}, expected (M, {len(tokens)})")
     means = _resampled_means(np.vstack([nll, tokens]), seed, num_resamples)
@@ -198,7 +193,7 @@ def mean_over_seeds(values: ArrayLike) -> Measure:
     Returns:
         The mean; refused below `MIN_SEEDS` seeds or if a value is not finite.
     """
-    column = _vector(values, "values")
+    column = vector(values, "values")
     num = len(column)
     if num < MIN_SEEDS:
         return refused(f"{num} seed{'' if num == 1 else 's'}; an interval over seeds needs {MIN_SEEDS}", num)
@@ -225,127 +220,11 @@ def t_quantile(degrees: int) -> float:
     return (low + high) / 2
 
 
-def gap_closed(
-    validation: ArrayLike, repeated: ArrayLike, standard_validation: ArrayLike, standard_repeated: ArrayLike
-) -> Floats:
-    """Compute 1 - gap / gap of standard training, elementwise; losses in nats per token, result unitless.
-
-    Source: MemSinks, arXiv 2507.09937, large-scale section; the fraction is ours.
-    """
-    gap = np.asarray(validation, dtype=np.float64) - np.asarray(repeated, dtype=np.float64)
-    standard = np.asarray(standard_validation, dtype=np.float64) - np.asarray(
-        standard_repeated, dtype=np.float64
-    )
-    result: Floats = 1 - gap / standard
-    return result
-
-
-def benefit_kept(
-    validation: ArrayLike, dedup_validation: ArrayLike, standard_validation: ArrayLike
-) -> Floats:
-    """Compute the share of the repeats' gain in validation loss that stays, elementwise; unitless.
-
-    Source: ours.
-    """
-    dedup = np.asarray(dedup_validation, dtype=np.float64)
-    result: Floats = (dedup - np.asarray(validation)) / (dedup - np.asarray(standard_validation))
-    return result
-
-
-def gap_closed_frac(
-    validation: ArrayLike, repeated: ArrayLike, standard_validation: ArrayLike, standard_repeated: ArrayLike
-) -> Measure:
-    """Give the mean gap closed over seeds; all arguments paired by seed, shape (S,), nats per token.
-
-    Returns:
-        1 means no gap is left, 0 means the gap of standard training, below 0 a larger one. Refused if
-        standard training shows no gap: its interval reaches 0, or any seed's is below `MIN_DENOMINATOR_NATS`.
-    """
-    gap = _vector(standard_validation, "standard_validation") - _vector(
-        standard_repeated, "standard_repeated"
-    )
-    reason = _no_denominator(gap, mean_over_seeds(gap), "the memorization gap of standard training")
-    if reason:
-        return refused(reason, len(gap))
-    return mean_over_seeds(gap_closed(validation, repeated, standard_validation, standard_repeated))
-
-
-def repetition_benefit_kept_frac(
-    validation: ArrayLike, dedup_validation: ArrayLike, standard_validation: ArrayLike
-) -> Measure:
-    """Give the mean benefit kept over seeds; all arguments paired by seed, shape (S,), nats per token.
-
-    Returns:
-        1 means the validation loss of standard training, 0 that of deduplicated data. Refused if repeats
-        bring no
-        benefit: the interval of it reaches 0, or any seed's is below `MIN_DENOMINATOR_NATS`.
-    """
-    gain = _vector(dedup_validation, "dedup_validation") - _vector(standard_validation, "standard_validation")
-    reason = _no_denominator(gain, mean_over_seeds(gain), "the benefit of repetition")
-    if reason:
-        return refused(reason, len(gain))
-    return mean_over_seeds(benefit_kept(validation, dedup_validation, standard_validation))
-
-
-def gap_closed_in_one_run(validation: LossDraws, repeated: LossDraws, method: int, standard: int) -> Measure:
-    """Give the gap closed by one trained model against another, with an interval over documents.
-
-    Args:
-        validation: losses on never-trained text.
-        repeated: losses on repeated text, of the same models in the same order, with an independent seed.
-        method: index of the model looked at.
-        standard: index of the model trained in the standard way.
-    """
-    value_gap = validation.value_M - repeated.value_M
-    draws_gap = validation.draws_MR - repeated.draws_MR
-    return _fraction(
-        1 - value_gap[method] / _not_zero(value_gap[standard]),
-        1 - draws_gap[method] / _not_zero(draws_gap[standard]),
-        (float(value_gap[standard]), draws_gap[standard]),
-        "the memorization gap of standard training",
-        min(validation.num, repeated.num),
-    )
-
-
-def benefit_kept_in_one_run(validation: LossDraws, method: int, dedup: int, standard: int) -> Measure:
-    """Give the benefit kept by one trained model, with an interval over documents; indices as above."""
-    value, draws = validation.value_M, validation.draws_MR
-    gain, gain_draws = value[dedup] - value[standard], draws[dedup] - draws[standard]
-    return _fraction(
-        (value[dedup] - value[method]) / _not_zero(gain),
-        (draws[dedup] - draws[method]) / _not_zero(gain_draws),
-        (float(gain), gain_draws),
-        "the benefit of repetition",
-        validation.num,
-    )
-
-
 def percentile_measure(value: float, draws: ArrayLike, num: int) -> Measure:
     """Make a measure from a value and its bootstrap resamples; refused below `MIN_EXAMPLES` examples."""
     if num < MIN_EXAMPLES:
         return refused(f"{_examples(num)}; an interval needs {MIN_EXAMPLES}", num)
-    return _percentile(float(value), _vector(draws, "draws"), num)
-
-
-def _fraction(
-    value: Floats, draws: Floats, denominator: tuple[float, Floats], what: str, num: int
-) -> Measure:
-    interval = percentile_measure(denominator[0], denominator[1], num)
-    reason = _no_denominator(np.asarray([denominator[0]]), interval, what)
-    return refused(reason, num) if reason else _percentile(float(value), draws, num)
-
-
-def _no_denominator(values: Floats, interval: Measure, what: str) -> str | None:
-    """Say why a fraction of `what` would mean nothing; None if it means something."""
-    if interval.value is None or interval.ci95 is None:
-        return interval.refused
-    low, high = interval.ci95
-    if low <= 0 or values.min() < MIN_DENOMINATOR_NATS:
-        return (
-            f"{what} is {interval.value:.3f} nats [{low:.3f}, {high:.3f}], which cannot be told from 0, "
-            "so a fraction of it means nothing"
-        )
-    return None
+    return _percentile(float(value), vector(draws, "draws"), num)
 
 
 def _resampled_means(columns_CN: Floats, seed: int, num_resamples: int) -> Floats:
@@ -381,7 +260,8 @@ def _t_mass(t: float, degrees: int) -> float:
     return total if degrees % 2 == 0 else 2 / math.pi * (angle + total)
 
 
-def _vector(values: ArrayLike, name: str) -> Floats:
+def vector(values: ArrayLike, name: str) -> Floats:
+    """Read numbers as a float64 array of one dimension, or raise `ShapeMismatch` naming them."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
         raise ShapeMismatch(f"{name} has shape {array.shape}, expected one dimension")
@@ -406,9 +286,3 @@ def _not_finite(column: Floats) -> str | None:
 
 def _examples(num: int) -> str:
     return f"{num or 'no'} example{'' if num == 1 else 's'}"
-
-
-def _not_zero(values: ArrayLike) -> Floats:
-    """Replace exact zeros, which the refusal rule catches, so that dividing by them stays silent."""
-    array = np.asarray(values, dtype=np.float64)
-    return np.where(array == 0, 1e-12, array)
