@@ -6,6 +6,7 @@ Deterministic: no clock, and a seeded generator.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -36,10 +37,10 @@ LOSSES = {
     "goldfish": (3.37, 1.55, 0.22),
 }
 TEXT = (
-    "Once upon a time a small red boat lived at the end of a long pier . Every morning the boat asked the sea , "
-    '" May I come out today ? " The sea always said , " Only if you promise to be back for supper . "\n'
-    "One day the wind forgot its name and blew from all sides at once , so the boat turned round and round until "
-    "it met a whale who was reading a map upside down ."
+    "Once upon a time a small red boat lived at the end of a long pier . Every morning the boat asked the "
+    'sea , " May I come out today ? " The sea always said , " Only if you promise to be back for supper . "\n'
+    "One day the wind forgot its name and blew from all sides at once , so the boat turned round and round "
+    "until it met a whale who was reading a map upside down ."
 )
 OTHER = (
     "was very happy and went to the park with her mom . She saw a big dog and said hello . The dog wagged its "
@@ -58,7 +59,9 @@ def rate(frac: float, num: int) -> Measure:
     z, shrink = 1.96, 1 + 1.96**2 / num
     middle = (frac + z * z / (2 * num)) / shrink
     half = z * math.sqrt(frac * (1 - frac) / num + z * z / (4 * num * num)) / shrink
-    return Measure(value=frac, ci95=(max(0.0, middle - half), min(1.0, middle + half)), num=num, method="wilson")
+    return Measure(
+        value=frac, ci95=(max(0.0, middle - half), min(1.0, middle + half)), num=num, method="wilson"
+    )
 
 
 def _over_seeds(measures: list[Measure]) -> Measure:
@@ -190,8 +193,10 @@ def _continuations(method: str) -> list[Continuation]:
 def _beyond(validation: float, repeated: float, method: str) -> Measure | None:
     if method == "standard" or method == "dedup" or method.startswith("cap:"):
         return None
-    curve = [LOSSES[name][:2] for name in ("standard", "cap:32", "cap:16", "cap:8", "cap:4", "cap:2", "dedup")]
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+    curve = [
+        LOSSES[name][:2] for name in ("standard", "cap:32", "cap:16", "cap:8", "cap:4", "cap:2", "dedup")
+    ]
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if x0 <= validation <= x1:
             level = y0 + (y1 - y0) * (validation - x0) / (x1 - x0)
             return measure(repeated - level, 0.15, 64)

@@ -80,7 +80,9 @@ def _load_config(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise FileFormatError(f"{path} is not complete JSON ({error}); it may be truncated, make it again") from error
+        raise FileFormatError(
+            f"{path} is not complete JSON ({error}); it may be truncated, make it again"
+        ) from error
     if not isinstance(value, dict):
         raise FileFormatError(f"{path} holds {type(value).__name__}, expected a JSON object; make it again")
     return value

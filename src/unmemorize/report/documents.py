@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from unmemorize.records import Audit, Continuation, DocumentResult, MethodResult
 from unmemorize.report.measures import Cell, number_text
-from unmemorize.report.tables import GROUPS, STATES, Column, Row, Table, clip
+from unmemorize.report.states import GROUPS, STATES
+from unmemorize.report.tables import Column, Row, Table, clip
 
 SHOWN_ROWS = 50
 MAX_DOCUMENT_ROWS = 2000
@@ -30,7 +31,9 @@ def document_columns(audit: Audit, headline: str) -> list[DocumentColumn]:
     for result in sorted(audit.methods, key=lambda result: result.method == headline):
         if result.method not in ("standard", "dedup", headline):
             continue
-        states = {state for seed in result.seeds for document in seed.documents for state in document.loss_nats}
+        states = {
+            state for seed in result.seeds for document in seed.documents for state in document.loss_nats
+        }
         ordered = [state for state in STATES if state in states]
         ordered += sorted(states - set(ordered))
         label = result.label or result.method
@@ -60,7 +63,10 @@ def documents_table(audit: Audit, headline: str, ident: str) -> Table | None:
             name=clip(document.example),
             hint=clip(document.source) if has_sources else "",
             cells=(
-                *[_loss_cell(losses[column].get(document.example), full, tones[column]) for column in columns],
+                *[
+                    _loss_cell(losses[column].get(document.example), full, tones[column])
+                    for column in columns
+                ],
                 Cell(text=GROUPS[document.group], value=document.group),
                 Cell(text=f"{document.repeats}\N{MULTIPLICATION SIGN}", value=document.repeats),
                 Cell(text=str(document.num_tokens), value=document.num_tokens),
@@ -112,7 +118,10 @@ def _loss_cell(loss: float | None, full: float, tone: str) -> Cell:
     if loss is None:
         return Cell(text="")
     return Cell(
-        text=number_text(loss, "loss"), value=loss, bar_frac=min(loss / full, 1.0) if full else None, tone=tone
+        text=number_text(loss, "loss"),
+        value=loss,
+        bar_frac=min(loss / full, 1.0) if full else None,
+        tone=tone,
     )
 
 
@@ -150,7 +159,9 @@ class Example:
     passages: tuple[Passage, ...]
 
 
-_PIECES = re.compile(r"(?P<newline>\r\n|\n)|(?P<space>[ \t])|(?P<control>[\x00-\x1f\x7f])|(?P<text>[^\x00-\x20\x7f]+)")
+_PIECES = re.compile(
+    r"(?P<newline>\r\n|\n)|(?P<space>[ \t])|(?P<control>[\x00-\x1f\x7f])|(?P<text>[^\x00-\x20\x7f]+)"
+)
 
 
 def token_of(text: str, *, is_memorized: bool = False) -> Token:
@@ -208,9 +219,7 @@ def _passage(name: str, generated: list[str], truth: list[str]) -> Passage:
     equal = [place < len(truth) and text == truth[place] for place, text in enumerate(generated)]
     return Passage(
         name=name,
-        tokens=tuple(
-            token_of(text, is_memorized=same) for text, same in zip(generated, equal, strict=True)
-        ),
+        tokens=tuple(token_of(text, is_memorized=same) for text, same in zip(generated, equal, strict=True)),
         num_memorized=sum(equal),
         num_tokens=len(truth),
     )

@@ -38,11 +38,13 @@ class Cell:
 
 
 def number_text(value: float, unit: Unit) -> str:
-    """Word a number: loss with 2 decimals, a difference of losses with its sign too, a fraction as per cent, tokens with 1."""
+    """Word a number: losses in 2 decimals, differences signed, fractions in per cent, tokens in 1 decimal."""
     if unit == "percent":
         text = f"{100 * value:.0f}"
     else:
-        text = f"{value:+.2f}" if unit == "difference" else f"{value:.2f}" if unit == "loss" else f"{value:.1f}"
+        text = (
+            f"{value:+.2f}" if unit == "difference" else f"{value:.2f}" if unit == "loss" else f"{value:.1f}"
+        )
     if float(text) == 0:
         text = text.lstrip("-+")
     return text.replace("-", MINUS) + ("%" if unit == "percent" else "")
@@ -116,4 +118,3 @@ def over_seeds(summary: Measure | None, seeds: Sequence[Measure | None]) -> Meas
     if only is not None and is_given(only) and (summary is None or not is_given(summary)):
         return only
     return summary
-

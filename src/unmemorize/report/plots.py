@@ -7,6 +7,7 @@ Source: ours; ticks follow the usual 1-2-5 rule, labels are placed greedily and 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class Box(NamedTuple):
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.bottom, other.bottom) - max(self.top, other.top)
         return width * height if width > 0 and height > 0 else 0.0
+
+    def attributes(self) -> dict[str, float]:
+        """The same as attributes of an SVG rect."""
+        width, height = self.right - self.left, self.bottom - self.top
+        return {"x": self.left, "y": self.top, "width": width, "height": height}
 
     def area(self) -> float:
         """Area, in square SVG units."""
@@ -209,7 +215,10 @@ def place_labels(
         One label for each anchor, in order. Deterministic.
     """
     options = [
-        [(box, cost + _fixed_cost(box, obstacles, frame), far) for box, cost, far in _candidates(anchor, size, frame)]
+        [
+            (box, cost + _fixed_cost(box, obstacles, frame), far)
+            for box, cost, far in _candidates(anchor, size, frame)
+        ]
         for anchor in anchors
     ]
     chosen: list[tuple[Box, float, bool] | None] = [None] * len(anchors)
@@ -235,7 +244,7 @@ def _total_cost(others: Sequence[Box]) -> Callable[[tuple[Box, float, bool]], fl
 def line_obstacles(points: Sequence[tuple[float, float]], spacing: float = 7, radius: float = 3) -> list[Box]:
     """Small boxes along a connected line, so that labels keep clear of it."""
     boxes = []
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         count = max(1, int(math.hypot(x1 - x0, y1 - y0) / spacing))
         for index in range(count + 1):
             boxes.append(around(x0 + (x1 - x0) * index / count, y0 + (y1 - y0) * index / count, radius))

@@ -15,20 +15,12 @@ from typing import Any
 from markupsafe import Markup
 
 from unmemorize.records import Audit, MethodResult
-from unmemorize.report import charts
+from unmemorize.report import curves, frontier, points
 from unmemorize.report.documents import Example, documents_table, examples
 from unmemorize.report.measures import Cell
-from unmemorize.report.tables import (
-    Table,
-    count_text,
-    extraction_table,
-    flatten,
-    headline_cell,
-    methods_table,
-    settings_table,
-    states_table,
-    time_text,
-)
+from unmemorize.report.methods import headline_cell, methods_table
+from unmemorize.report.states import extraction_table, states_table
+from unmemorize.report.tables import Table, count_text, flatten, settings_table, time_text
 
 MAX_EMBEDDED_BYTES = 4_000_000
 EARLY_FRAC = 0.06  # the steep beginning of training may leave the panels at the top
@@ -93,7 +85,7 @@ def headline_method(audit: Audit) -> MethodResult | None:
     named = audit.settings.get("headline_method")
     if isinstance(named, str) and named in by_name:
         return by_name[named]
-    rivals = [result for result in audit.methods if charts.repeats_of(result.method) is None]
+    rivals = [result for result in audit.methods if points.repeats_of(result.method) is None]
     sinks = [result for result in rivals if result.method.partition(":")[0] == "sinks"]
     return next(iter(sinks or rivals or audit.methods), None)
 
@@ -114,7 +106,7 @@ def run_of(audit: Audit, config: Mapping[str, Any] | None, index: int, num_runs:
     others = [name for name in ("neighbour", "heldout", "ordinary") if name not in groups]
     return Run(
         ident=ident,
-        letter=charts.run_letter(index) if num_runs > 1 else "",
+        letter=points.run_letter(index) if num_runs > 1 else "",
         title=audit.title,
         verdict=audit.verdict,
         headline=(result.label or result.method) if result else "",
@@ -172,7 +164,7 @@ def _figures(audit: Audit, result: MethodResult | None) -> tuple[Figure, ...]:
         wanted = [
             (
                 "extraction_rate_frac",
-                    "of target texts extracted",
+                "of target texts extracted",
                 "Share of target texts that the model continues word for word.",
             ),
             (
@@ -213,7 +205,11 @@ def _done(audit: Audit) -> tuple[str, ...]:
         names = [result.label or result.method for result in audit.methods]
         kept = sum(seed.train_s for seed in seeds)
         per_method = sorted({len(result.seeds) for result in audit.methods})
-        count = " to ".join(str(number) for number in dict.fromkeys((per_method[0], per_method[-1]))) if names else "0"
+        count = (
+            " to ".join(str(number) for number in dict.fromkeys((per_method[0], per_method[-1])))
+            if names
+            else "0"
+        )
         sentences.append(_data_sentence(audit))
         sentences.append(
             f"{len(seeds)} model{'s' if len(seeds) != 1 else ''}{model} learned from it: "
@@ -224,13 +220,17 @@ def _done(audit: Audit) -> tuple[str, ...]:
     elif seeds:
         names = [result.label or result.method for result in audit.methods]
         sentences.append(f"One look at {', '.join(names)}{', a model' + model if model else ''}.")
-    sentences.append("Every figure is for the state a model would be shipped in, unless a table names another.")
+    sentences.append(
+        "Every figure is for the state a model would be shipped in, unless a table names another."
+    )
     return tuple(sentence for sentence in sentences if sentence)
 
 
 def _data_sentence(audit: Audit) -> str:
     found = {name: _find(audit.settings, name) for name in _DATA_WORDS}
-    parts = [words.format(found[name], found.get("repeats")) for name, words in _DATA_WORDS.items() if found[name]]
+    parts = [
+        words.format(found[name], found.get("repeats")) for name, words in _DATA_WORDS.items() if found[name]
+    ]
     if not found["repeats"]:
         parts = [part for part in parts if "None" not in part]
     if not parts:
@@ -260,22 +260,22 @@ def _find(settings: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401 - sett
 
 def frontier_pictures(audits: list[Audit], ident: str) -> tuple[Markup, ...]:
     """The frontier for wide and for narrow screens; empty when fewer than two methods can be placed."""
-    points: list[charts.Point] = []
+    placed: list[points.Point] = []
     for run, audit in enumerate(audits):
         result = headline_method(audit)
-        points += charts.frontier_points(audit, run, result.method if result else "")
-    if len(points) < 2:
+        placed += points.frontier_points(audit, run, result.method if result else "")
+    if len(placed) < 2:
         return ()
-    description = "; ".join(point.words for point in points)
+    description = "; ".join(point.words for point in placed)
     return tuple(
-        charts.frontier(points, layout, ident=f"{ident}-{place}", description=description)
-        for place, layout in enumerate((charts.WIDE, charts.NARROW))
+        frontier.frontier(placed, layout, ident=f"{ident}-{place}", description=description)
+        for place, layout in enumerate((frontier.WIDE, frontier.NARROW))
     )
 
 
 def _panels(audit: Audit, headline: str, ident: str) -> tuple[Panel, ...]:
-    drawn = [result for result in audit.methods if charts.curves_of(result).everything]
-    everything = [point for result in drawn for point in charts.curves_of(result).everything]
+    drawn = [result for result in audit.methods if curves.curves_of(result).everything]
+    everything = [point for result in drawn for point in curves.curves_of(result).everything]
     if not everything or len({step for step, _ in everything}) < 2:
         return ()
     steps = (0.0, max(step for step, _ in everything))
@@ -285,7 +285,7 @@ def _panels(audit: Audit, headline: str, ident: str) -> tuple[Panel, ...]:
     return tuple(
         Panel(
             title=result.label or result.method,
-            picture=charts.learning_panel(result, steps=steps, losses=losses, ident=f"{ident}-curve{place}"),
+            picture=curves.learning_panel(result, steps=steps, losses=losses, ident=f"{ident}-curve{place}"),
             is_headline=result.method == headline,
         )
         for place, result in enumerate(drawn)
