@@ -32,6 +32,7 @@ from unmemorize.models.language import (
     resized,
 )
 from unmemorize.neurons import NeuronSet
+from unmemorize.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -160,3 +161,10 @@ def prove_plain(folder: str | Path, tokens: Tensor) -> Tensor:
                 f"{folder} does not load without unmemorize: {lines[-1] if lines else 'no message'}"
             )
         return load_file(out)["logits"]
+
+
+def tokenizer_beside(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that is stored in a model folder, or None if there is none."""
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return None
+    return load_tokenizer(folder)
