@@ -8,13 +8,13 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_audit import synthetic_audit
 
+from tests.unit.synthetic_audit import synthetic_audit
 from unmemorize.records import Measure
 from unmemorize.report import plots
 from unmemorize.report.documents import documents_table, examples, token_of
 from unmemorize.report.frontier import NARROW, WIDE, frontier
-from unmemorize.report.measures import interval_text, measure_cell, number_text, over_seeds, pooled
+from unmemorize.report.measures import MINUS, interval_text, measure_cell, number_text, over_seeds, pooled
 from unmemorize.report.methods import methods_table
 from unmemorize.report.plots import Anchor, Box, Scale
 from unmemorize.report.points import curve_of, frontier_points, repeats_of
@@ -28,10 +28,10 @@ from unmemorize.report.tables import count_text, flatten, time_text
     [
         (3.456, "loss", "3.46"),
         (-0.001, "loss", "0.00"),
-        (-0.27, "percent", "−27%"),
+        (-0.27, "percent", f"{MINUS}27%"),
         (0.996, "percent", "100%"),
         (0.884, "difference", "+0.88"),
-        (-0.22, "difference", "−0.22"),
+        (-0.22, "difference", f"{MINUS}0.22"),
         (0.001, "difference", "0.00"),
         (30.44, "tokens", "30.4"),
     ],
@@ -42,7 +42,7 @@ def test_numbers_have_sensible_digits(value: float, unit: str, text: str) -> Non
 
 def test_intervals_stand_in_brackets_without_the_unit() -> None:
     assert interval_text((0.58, 0.7), "percent") == "[58, 70]"
-    assert interval_text((-1.0, 2.0), "loss") == "[−1.00, 2.00]"
+    assert interval_text((-1.0, 2.0), "loss") == f"[{MINUS}1.00, 2.00]"
     assert interval_text(None, "loss") == ""
 
 
@@ -78,7 +78,7 @@ def test_ticks_are_inside_even_and_about_as_many_as_asked(low: float, width: flo
 
 def test_tick_words() -> None:
     assert [plots.tick_text(value, 500) for value in (0, 500, 1000, 1500)] == ["0", "500", "1k", "1.5k"]
-    assert plots.tick_text(3.3, 0.05) == "3.30" and plots.tick_text(-2, 1) == "−2"
+    assert plots.tick_text(3.3, 0.05) == "3.30" and plots.tick_text(-2, 1) == f"{MINUS}2"
 
 
 def test_scale_maps_ends_and_survives_equal_values() -> None:

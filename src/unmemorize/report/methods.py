@@ -97,5 +97,5 @@ def _shared_costs(audit: Audit) -> set[str]:
 def _seed_note(audit: Audit) -> str:
     counts = {len(result.seeds) for result in audit.methods}
     if counts == {1}:
-        return "One seed: intervals are over documents, and say nothing about another training run."
-    return "Intervals in brackets are 95%, over seeds."
+        return "Brackets: 95% intervals over documents; one seed, so they say nothing about another training run."
+    return "Brackets: 95% intervals over seeds."

@@ -18,7 +18,7 @@ from unmemorize.records import Audit, MethodResult
 from unmemorize.report import curves, frontier, points
 from unmemorize.report.documents import Example, documents_table, examples
 from unmemorize.report.measures import Cell
-from unmemorize.report.methods import headline_cell, methods_table
+from unmemorize.report.methods import HEADLINES, headline_cell, methods_table
 from unmemorize.report.states import extraction_table, states_table
 from unmemorize.report.tables import Table, count_text, flatten, settings_table, time_text
 
@@ -31,6 +31,7 @@ class Figure:
     """One large number with the sentence that explains it."""
 
     cell: Cell
+    name: str
     title: str
     explanation: str
 
@@ -66,6 +67,7 @@ class Run:
     changes: tuple[Change, ...]
     done: tuple[str, ...]
     frontier: tuple[Markup, ...]
+    frontier_note: str
     panels: tuple[Panel, ...]
     methods: Table
     states: Table | None
@@ -114,6 +116,7 @@ def run_of(audit: Audit, config: Mapping[str, Any] | None, index: int, num_runs:
         changes=_changes(audit, result),
         done=_done(audit),
         frontier=frontier_pictures([audit], f"{ident}-frontier"),
+        frontier_note=_frontier_note(audit, result),
         panels=_panels(audit, headline, ident),
         methods=methods_table(audit, headline, f"{ident}-methods"),
         states=states_table(audit, headline, f"{ident}-states"),
@@ -174,7 +177,9 @@ def _figures(audit: Audit, result: MethodResult | None) -> tuple[Figure, ...]:
             ),
         ]
     return tuple(
-        Figure(cell=headline_cell(result, field), title=title, explanation=explanation)
+        Figure(
+            cell=headline_cell(result, field), name=HEADLINES[field][0], title=title, explanation=explanation
+        )
         for field, title, explanation in wanted
     )
 
@@ -248,7 +253,7 @@ _DATA_WORDS = {
 }
 
 
-def _find(settings: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401 - settings hold any JSON value
+def _find(settings: Mapping[str, Any], name: str) -> Any:
     """The first setting of this name, at any depth, if it has the kind of value that is expected."""
     for key, value in settings.items():
         if key == name and isinstance(value, str if name == "corpus" else int):
@@ -271,6 +276,22 @@ def frontier_pictures(audits: list[Audit], ident: str) -> tuple[Markup, ...]:
         frontier.frontier(placed, layout, ident=f"{ident}-{place}", description=description)
         for place, layout in enumerate((frontier.WIDE, frontier.NARROW))
     )
+
+
+def _frontier_note(audit: Audit, result: MethodResult | None) -> str:
+    """What the marks mean, as far as this audit has them."""
+    counts = {len(one.seeds) for one in audit.methods}
+    crosses = "over documents" if counts == {1} else "over seeds"
+    notes = [f"Crosses are 95% intervals {crosses}."]
+    if counts != {1}:
+        notes = ["Large marks are means over seeds, small dots single seeds.", *notes]
+    if any(points.repeats_of(one.method) is not None for one in audit.methods):
+        notes.append(
+            "On the curve, dedup sees each document once, 8\N{MULTIPLICATION SIGN} at most eight times, standard every repeat."
+        )
+    if result is not None and headline_cell(result, "beyond_curve_nats").value is not None:
+        notes.append(f"The dashed line is the distance of {result.label or result.method} from the curve.")
+    return " ".join(notes)
 
 
 def _panels(audit: Audit, headline: str, ident: str) -> tuple[Panel, ...]:

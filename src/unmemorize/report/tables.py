@@ -64,7 +64,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return pairs
 
 
-def _plain(item: Any) -> str:  # noqa: ANN401 - settings hold any JSON value
+def _plain(item: Any) -> str:
     if isinstance(item, bool):
         return "yes" if item else "no"
     if isinstance(item, int):
