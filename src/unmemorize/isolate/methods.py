@@ -57,7 +57,9 @@ class MethodSettings:
         if self.sinks_for not in ("all", "repeated"):
             raise ConfigError(f"sinks_for is {self.sinks_for!r}, expected all or repeated")
         if not self.sink_learning_rate_scale > 0:
-            raise ConfigError(f"sink_learning_rate_scale is {self.sink_learning_rate_scale}, expected above 0")
+            raise ConfigError(
+                f"sink_learning_rate_scale is {self.sink_learning_rate_scale}, expected above 0"
+            )
         if self.compute not in ("masked", "gathered"):
             raise ConfigError(f"compute is {self.compute!r}, expected masked or gathered")
         if self.goldfish_k < 2:
