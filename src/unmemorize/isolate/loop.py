@@ -1,28 +1,23 @@
 """One training: one model, one method, one seed. Plain PyTorch, and DDP through accelerate.
 
-    loss of a step = sum of nats over the global batch / number of its labels
-
-whatever the micro-batches and processes it is cut into. What distinguishes methods is asked of `methods.Method`; this
-file knows batches, steps, metrics and where to continue. The random state of a step follows from seed, step and
-process, so that a training that was killed and started again computes the same numbers (dropout included) without
-any generator being stored; the caller's generators are put back.
+What distinguishes methods is asked of `methods.Method`; this file knows steps, metrics and where to continue. The
+random state of a step follows from seed, step and process, so that a training that was killed and started again
+computes the same numbers (dropout included) without any generator being stored; the caller's are put back.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from unmemorize.errors import CheckpointMismatch, ConfigError, FileFormatError, RunFolderError
 from unmemorize.files import append_json_line, read_json, read_json_lines, write_atomic, write_json
@@ -30,9 +25,20 @@ from unmemorize.isolate.checkpoints import Standing, load_checkpoint, newest_che
 from unmemorize.isolate.language import sink_state, training_sinks
 from unmemorize.isolate.methods import Half, Method, RoutedGradients
 from unmemorize.isolate.optimizer import isolated_optimizer
-from unmemorize.isolate.packing import IGNORED, Pair, to_batch
+from unmemorize.isolate.packing import to_batch
 from unmemorize.isolate.plan import SinkPlan
 from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
+from unmemorize.isolate.steps import (
+    Batch,
+    Row,
+    count_labels,
+    learning_rate,
+    loss_sum,
+    make_optimizer,
+    mean_loss_nats,
+    micro_batches,
+    moved,
+)
 from unmemorize.models.language import quiet_transformers
 from unmemorize.records import Progress, ProgressCallback
 
@@ -45,9 +51,6 @@ TRAINING_VERSION = 1
 METRICS_FILE = "metrics.jsonl"
 PLAN_FILE = "sinks.json"
 TRAINING_FILE = "training.json"
-
-Row = Sequence[Pair]
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -214,46 +217,6 @@ def make_accelerator(
     return accelerator
 
 
-def learning_rate(step: int, num_steps: int, settings: OptimizationSettings) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then a cosine to `final_frac`."""
-    warmup = math.ceil(num_steps * settings.warmup_frac)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, num_steps - warmup - 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return settings.learning_rate * (settings.final_frac + (1 - settings.final_frac) * cosine)
-
-
-def make_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.optim.AdamW:
-    """Make AdamW with weight decay on matrices only (embeddings included)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.learning_rate, betas=(0.9, 0.95)
-    )
-
-
-def mean_loss_nats(model: nn.Module, rows: Sequence[Row], batch_rows: int = 16) -> float | None:
-    """Return the mean loss of rows, nats per label, in evaluation mode and without sink ids; None for no rows."""
-    if not rows:
-        return None
-    was_training, device = model.training, next(model.parameters()).device
-    total, num_labels = 0.0, 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(rows), batch_rows):
-                batch = _to(to_batch(rows[start : start + batch_rows]), device)
-                total += _loss_sum(model, batch, has_sinks=False).item()
-                num_labels += _count(batch["labels"])
-    finally:
-        model.train(was_training)
-    return total / num_labels
-
-
 class _Training:
     """The mutable middle of a training: model, optimizer, and where they stand."""
 
@@ -383,8 +346,8 @@ class _Training:
         """Add the gradient of this process's share of the mean loss over the global batch."""
         accelerator, method = self._accelerator, self.job.method
         labels = method.labels(batch["labels"], batch["sink_ids"], half)
-        num_labels = _count(labels)
-        parts = _micro_batches(
+        num_labels = count_labels(labels)
+        parts = micro_batches(
             {**batch, "labels": labels},
             accelerator.process_index,
             accelerator.num_processes,
@@ -395,8 +358,8 @@ class _Training:
         for number, part in enumerate(parts):
             is_last = number == len(parts) - 1
             with nullcontext() if is_last else accelerator.no_sync(self._wrapped), self._autocast():
-                loss = _loss_sum(
-                    self._wrapped, _to(part, accelerator.device), has_sinks=method.kind == "sinks"
+                loss = loss_sum(
+                    self._wrapped, moved(part, accelerator.device), has_sinks=method.kind == "sinks"
                 )
                 (loss * scale).backward()
             self._loss += loss.detach()
@@ -462,7 +425,7 @@ def save_model(job: Job) -> None:
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(str(partial))
         for path in sorted(partial.iterdir()):
-            os.replace(path, job.folder / path.name)
+            path.replace(job.folder / path.name)
         partial.rmdir()
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -471,42 +434,3 @@ def save_model(job: Job) -> None:
         ) from error
     if job.plan is not None:
         job.plan.save(job.folder / PLAN_FILE)
-
-
-def _loss_sum(model: Callable[..., Any], batch: Batch, *, has_sinks: bool) -> Tensor:
-    """Return the summed loss of a batch, nats, a scalar in float32."""
-    ids = {"sink_ids": batch["sink_ids"]} if has_sinks else {}
-    logits = model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **ids
-    ).logits
-    # The labels are moved instead of the logits, which would copy the largest tensor of all.
-    targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-
-
-def _micro_batches(batch: Batch, rank: int, num_processes: int, micro_rows: int | None) -> list[Batch]:
-    """Cut out a process's share of a global batch; all processes get equally many micro-batches of equal size.
-
-    A process that would have a row less repeats one without labels, because DDP waits for as many passes everywhere.
-    """
-    num_rows = len(batch["labels"])
-    places = [(i * num_processes + rank) for i in range(math.ceil(num_rows / num_processes))]
-    mine = {name: tensor[[place % num_rows for place in places]] for name, tensor in batch.items()}
-    mine["labels"] = mine["labels"].clone()
-    mine["labels"][[place >= num_rows for place in places]] = IGNORED
-    size = micro_rows or len(places)
-    return [
-        {name: tensor[start : start + size] for name, tensor in mine.items()}
-        for start in range(0, len(places), size)
-    ]
-
-
-def _count(labels: Tensor) -> int:
-    """Count the labels that are predicted; the first place of a row never is."""
-    return int((labels[:, 1:] != IGNORED).sum())
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

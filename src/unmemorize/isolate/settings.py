@@ -207,4 +207,4 @@ def _refuse_unknown(kind: type, value: Mapping[str, Any], where: str) -> None:
         if name not in known:
             raise ConfigError(f"unknown setting {where}{name}; expected one of {', '.join(sorted(known))}")
         if is_dataclass(hints[name]) and isinstance(inner, Mapping):
-            _refuse_unknown(hints[name], inner, f"{where}{name}.")  # type: ignore[arg-type]
+            _refuse_unknown(hints[name], inner, f"{where}{name}.")

@@ -1,22 +1,15 @@
 """A comparison of training methods: corpus in, run folder with one model per method and seed out.
 
-    run/
-        config.json        settings, what was trained on, versions
-        examples.jsonl     the documents that an audit measures: target (repeated) and ordinary (never seen)
-        tokenizer/
-        models/<method>-seed<k>/    a plain Hugging Face folder, metrics.jsonl, training.json; sinks.json where it has sinks
-
 All methods of a seed start from the same weights and see the same documents in the same order, apart from the
 repetitions they leave out. Started again, the command continues where it stopped; a folder that holds another run is
-refused. What one training does is in `loop.py`, what tells methods apart in `methods.py`.
+refused. What one training does is in `loop.py`, what tells methods apart in `methods.py`, what the folder holds in
+`runs.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -27,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unmemorize.corpus import Document, Mixture, mix, read_corpus
-from unmemorize.errors import ConfigError, FileFormatError, ModelNotSupported, RunFolderError
+from unmemorize.errors import ConfigError, ModelNotSupported, RunFolderError
 from unmemorize.files import read_json, write_atomic, write_json
 from unmemorize.isolate.language import grow, plan_sinks
 from unmemorize.isolate.loop import (
     TRAINING_FILE,
     Job,
-    Row,
     TrainedRun,
     make_accelerator,
     read_training,
@@ -42,14 +34,18 @@ from unmemorize.isolate.loop import (
 from unmemorize.isolate.methods import Method, parse_method
 from unmemorize.isolate.packing import Pair, pack
 from unmemorize.isolate.plan import SinkPlan
-from unmemorize.isolate.settings import (
-    PRESETS,
-    ModelSettings,
-    RecordSettings,
-    TrainSettings,
-    first_difference,
-    settings_from_json,
+from unmemorize.isolate.runs import (
+    CONFIG_FILE,
+    EXAMPLES_FILE,
+    RUN_FORMAT,
+    RUN_VERSION,
+    TOKENIZER_FOLDER,
+    environment,
+    model_folder,
+    refuse_other_run,
 )
+from unmemorize.isolate.settings import PRESETS, ModelSettings, RecordSettings, TrainSettings
+from unmemorize.isolate.steps import Row
 from unmemorize.models.language import load, quiet_transformers
 from unmemorize.records import Progress, ProgressCallback
 from unmemorize.tokenizer import encode_documents, load_tokenizer, train_tokenizer
@@ -57,12 +53,6 @@ from unmemorize.tokenizer import encode_documents, load_tokenizer, train_tokeniz
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-RUN_FORMAT = "unmemorize.run"
-RUN_VERSION = 1
-CONFIG_FILE = "config.json"
-EXAMPLES_FILE = "examples.jsonl"
-TOKENIZER_FOLDER = "tokenizer"
 
 _Tokens = tuple[int, ...]
 
@@ -102,74 +92,6 @@ def train(
     ]
 
 
-def model_folder(out: str | Path, method: str, seed: int) -> Path:
-    """Return where a run keeps the model of a method string and a seed."""
-    return Path(out) / "models" / f"{parse_method(method).folder}-seed{seed}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
-    """What `config.json` of a training run says.
-
-    Attributes:
-        settings: the comparison's settings.
-        data: what was trained on: number of documents of each part and their digest.
-        environment: versions and machine.
-    """
-
-    settings: TrainSettings
-    data: dict[str, Any]
-    environment: dict[str, str]
-
-
-def read_run(out: str | Path) -> RunConfig:
-    """Read the `config.json` of a training run.
-
-    Raises:
-        FileFormatError: if the folder holds no training run, or its settings are damaged.
-    """
-    path = Path(out) / CONFIG_FILE
-    value = read_json(path, format=RUN_FORMAT, version=RUN_VERSION)
-    try:
-        return RunConfig(
-            settings=settings_from_json(value["settings"]),
-            data=value["data"],
-            environment=value["environment"],
-        )
-    except (KeyError, ConfigError) as error:
-        raise FileFormatError(f"{path} cannot be read: {error}; use another run folder") from error
-
-
-def trained_runs(out: str | Path) -> list[TrainedRun]:
-    """List the finished trainings of a run folder in the order of its settings."""
-    settings = read_run(out).settings
-    folders = [model_folder(out, method, seed) for method in settings.methods for seed in settings.seeds]
-    return [read_training(folder) for folder in folders if (folder / TRAINING_FILE).is_file()]
-
-
-def refuse_other_run(out: Path, settings: TrainSettings) -> None:
-    """Raise unless a folder is missing, empty, or holds a run with these settings.
-
-    Raises:
-        RunFolderError: naming the first setting that differs.
-    """
-    if out.exists() and not out.is_dir():
-        raise RunFolderError(f"{out} is a file, expected a folder; choose another folder")
-    if not out.is_dir() or not any(path.name != "tracker" for path in out.iterdir()):
-        return
-    try:
-        theirs = read_json(out / CONFIG_FILE, format=RUN_FORMAT, version=RUN_VERSION)
-    except FileFormatError as error:
-        raise RunFolderError(
-            f"{out} is not empty and holds no training run ({error}); choose another folder"
-        ) from error
-    difference = first_difference(settings.to_json(), theirs.get("settings", {}))
-    if difference is not None:
-        raise RunFolderError(
-            f"{out} holds another run: {difference}; choose another folder or the same settings"
-        )
-
-
 def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Build the model a training starts from: random weights by seed, or the weights of a checkpoint.
 
@@ -194,9 +116,11 @@ def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, see
         )
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, {settings.model} knows {config.vocab_size}; use its own tokenizer"
+            f"the tokenizer has {len(tokenizer)} tokens, {settings.model} knows "
+            f"{config.vocab_size}; use its own tokenizer"
         )
-    return model.train()
+    model.train()
+    return model
 
 
 def _random_model(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -215,7 +139,9 @@ def _random_model(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) ->
         config = AutoConfig.for_model(kind, **{**rest, **special})
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.float32
+            )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelNotSupported(
             f"{source} does not describe a causal language model ({type(error).__name__}: {error}); "
@@ -314,7 +240,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         tokenizer.save_pretrained(str(partial))
-        os.replace(partial, out / TOKENIZER_FOLDER)
+        partial.replace(out / TOKENIZER_FOLDER)
     except OSError as error:
         raise RunFolderError(
             f"cannot write the tokenizer to {out}: {error.strerror or error}; free space or choose another folder"
@@ -337,22 +263,6 @@ def _examples(material: _Material) -> list[dict[str, Any]]:
             }
             rows.append(row | ({"text": document.text} if material.settings.records.keep_text else {}))
     return rows
-
-
-def environment() -> dict[str, str]:
-    """Return versions and machine, as reports show them."""
-    import accelerate
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "machine": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def _check_plans(material: _Material) -> None:
