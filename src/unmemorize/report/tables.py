@@ -46,12 +46,6 @@ class Table:
     note: str = ""
 
 
-def settings_text(settings: Mapping[str, Any]) -> str:
-    """One line of `name value` pairs."""
-    pairs = flatten(settings)
-    return ", ".join(f"{name} {value}" for name, value in pairs)
-
-
 def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as dotted names and worded values, in the order given."""
     pairs: list[tuple[str, str]] = []
