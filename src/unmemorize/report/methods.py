@@ -34,12 +34,12 @@ def with_short_labels(audit: Audit) -> Audit:
 
 
 def _distinct_name(result: MethodResult, audit: Audit) -> str:
-    """`KIND a=1` for `KIND:a=1,b=2` when every other method of this kind has b=2 as well."""
+    """`KIND a=1` for `KIND:a=1,b=2` when every other changed method of this kind has b=2 as well."""
     kind, _, changes = result.method.partition(":")
-    same_kind = [
-        one.method.partition(":")[2] for one in audit.methods if one.method.partition(":")[0] == kind
+    others = [
+        one.method.removeprefix(f"{kind}:") for one in audit.methods if one.method.startswith(f"{kind}:")
     ]
-    shared = set.intersection(*(set(one.split(",")) for one in same_kind))
+    shared = set.intersection(*(set(one.split(",")) for one in others)) if len(others) > 1 else set()
     return f"{kind} {', '.join(part for part in changes.split(',') if part not in shared)}".strip()
 
 
