@@ -67,12 +67,15 @@ def isolated_optimizer(
         row: site table row, for an architecture that the table does not know.
 
     Raises:
-        ConfigError: if the scale is not positive.
+        ConfigError: if the scale is not positive, or the optimizer holds none of the model's sinks.
     """
     if not sink_learning_rate_scale > 0:
         raise ConfigError(f"sink_learning_rate_scale is {sink_learning_rate_scale}, expected above 0")
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     parts = [part for part in pool_slices(model, plan, row) if id(part[0]) in held]
+    if not parts:
+        raise ConfigError("the optimizer holds none of this model's sinks; build it from this model's parameters")
     before: list[list[Tensor]] = []
 
     def tensors(parameter: nn.Parameter) -> list[Tensor]:
