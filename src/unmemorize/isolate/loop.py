@@ -288,9 +288,8 @@ class _Training:
         """Write a checkpoint, unless weights and moments are half-way between two steps."""
         if self._is_torn or not self._accelerator.is_main_process:
             return
-        write_checkpoint(
-            self._checkpoints, self.job.model, self._optimizer, self._standing, self.job.identity
-        )
+        job = self.job
+        write_checkpoint(self._checkpoints, job.model, self._optimizer, self._standing, job.whole_identity)
         self._saved_at = time.monotonic()
 
     def finish(self) -> None:

@@ -42,7 +42,9 @@ from unmemorize.isolate.runs import (
     TOKENIZER_FOLDER,
     environment,
     model_folder,
+    read_run,
     refuse_other_run,
+    trained_runs,
 )
 from unmemorize.isolate.settings import PRESETS, ModelSettings, RecordSettings, TrainSettings
 from unmemorize.isolate.steps import Row
@@ -53,6 +55,8 @@ from unmemorize.tokenizer import encode_documents, load_tokenizer, train_tokeniz
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["build_model", "environment", "model_folder", "read_run", "train", "trained_runs"]
 
 _Tokens = tuple[int, ...]
 
