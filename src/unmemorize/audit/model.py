@@ -19,10 +19,11 @@ from unmemorize.audit.examples import (
 )
 from unmemorize.audit.language import audit_state
 from unmemorize.audit.statistics import refused
-from unmemorize.audit.training import decoder, environment
+from unmemorize.audit.training import decoder
 from unmemorize.errors import DataError
 from unmemorize.files import read_json_lines
 from unmemorize.ids import content_id
+from unmemorize.isolate.train import environment
 from unmemorize.models.language import fingerprint
 from unmemorize.records import Audit, GroupResult, Measure, MethodResult, MethodSummary, SeedResult
 from unmemorize.tokenizer import encode_documents

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +32,13 @@ from unmemorize.audit.examples import (
 )
 from unmemorize.audit.language import audit_state, document_losses, extract
 from unmemorize.errors import RunFolderError
-from unmemorize.files import read_json, read_json_lines, write_atomic
+from unmemorize.files import read_json_lines, write_atomic
 from unmemorize.isolate.language import sink_state
+from unmemorize.isolate.loop import read_training
 from unmemorize.isolate.methods import Method, parse_method
 from unmemorize.isolate.plan import SinkPlan, load_plan
-from unmemorize.isolate.settings import TrainSettings, settings_from_json
+from unmemorize.isolate.settings import TrainSettings
+from unmemorize.isolate.train import environment, model_folder, read_run
 from unmemorize.models.language import load
 from unmemorize.records import Audit, CurvePoint, Progress, ProgressCallback, StateName, StateResult
 from unmemorize.tokenizer import encode_documents, load_tokenizer
@@ -108,25 +108,8 @@ def audit_training(
     return audit
 
 
-def environment() -> dict[str, str]:
-    """Name the versions and the machine that figures were made with."""
-    import transformers
-
-    from unmemorize import __version__
-
-    return {
-        "unmemorize": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": f"{platform.machine()}, {platform.system()}, {torch.get_num_threads()} threads",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
 def _open(path: Path) -> _Run:
-    config = read_json(path / "config.json", format="unmemorize.run", version=1)
-    settings = settings_from_json(config["settings"])
+    settings = read_run(path).settings
     tokenizer = load_tokenizer(path / "tokenizer")
     rows = read_json_lines(path / "examples.jsonl")
     if any("text" not in row for row in rows):
@@ -177,7 +160,7 @@ def _measure(run: _Run, folder: Path, method: Method, seed: int, settings: Audit
         states = _pool_states(model, plan, method, owners, settings)
         extra = _deletions(model, plan, owners, settings) if method.kind == "sinks" else []
     curve = [CurvePoint.model_validate(row) for row in _curve(folder / "metrics.jsonl")]
-    last = read_json_lines(folder / "metrics.jsonl")[-1]
+    trained = read_training(folder)
     return RunResult(
         method=method.name,
         label=_label(method),
@@ -188,9 +171,9 @@ def _measure(run: _Run, folder: Path, method: Method, seed: int, settings: Audit
         settings=asdict(method.settings) if method.has_pool else {},
         continuations=continuations(run.examples, states, decoder(run.tokenizer)),
         curve=curve,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        train_s=last["train_s"],
-        tokens_per_s=last["tokens_per_s"],
+        num_parameters=trained.num_parameters,
+        train_s=trained.train_s,
+        tokens_per_s=trained.tokens_per_s,
     )
 
 
