@@ -12,6 +12,11 @@ os.environ.update(
 )
 
 import pytest
+from hypothesis import settings
+
+# A slow machine is no failure; everything else stays as hypothesis chose it (it is deterministic where CI is set).
+settings.register_profile("patient", settings(), deadline=None)
+settings.load_profile("patient")
 
 _LOCAL = ("127.", "localhost", "::1", "0.0.0.0")
 

@@ -13,7 +13,9 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"(?:<!-- run: (?P<how>[^>]*?) -->\n)?```sh\n(?P<commands>.*?)```", re.DOTALL)
+BLOCK = re.compile(
+    r"(?:<!-- run: (?P<how>[^>]*?) -->\n)?```(?P<language>sh|python)\n(?P<commands>.*?)```", re.DOTALL
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +27,10 @@ def generated() -> ModuleType:
     return module
 
 
-def readme_blocks(how: str) -> list[str]:
+def readme_blocks(how: str, language: str = "sh") -> list[str]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return [found["commands"] for found in BLOCK.finditer(text) if found["how"] == how]
+    found = [block.groupdict() for block in BLOCK.finditer(text)]
+    return [block["commands"] for block in found if (block["how"], block["language"]) == (how, language)]
 
 
 def test_generated_pages_and_version_are_up_to_date(generated: ModuleType) -> None:
@@ -60,7 +63,7 @@ def test_every_page_links_to_files_that_exist() -> None:
     assert not broken
 
 
-def test_every_command_of_the_readme_says_how_it_is_run() -> None:
+def test_every_block_of_the_readme_says_how_it_is_run() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     hows = [found["how"] for found in BLOCK.finditer(text)]
     assert hows
@@ -96,6 +99,16 @@ def run_block(commands: str, folder: Path) -> str:
 @pytest.mark.parametrize("commands", readme_blocks("test"))
 def test_commands_of_the_readme_work(commands: str, tmp_path: Path) -> None:
     assert run_block(commands, tmp_path).strip()
+
+
+@pytest.mark.parametrize("code", readme_blocks("test", "python"))
+def test_python_of_the_readme_works(code: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with_sinks, without = (float(line.split()[-1]) for line in done.stdout.splitlines())
+    assert with_sinks < without
 
 
 @pytest.mark.slow
