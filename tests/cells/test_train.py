@@ -31,7 +31,7 @@ from unmemorize.isolate.settings import (
     TrainSettings,
     demo_settings,
 )
-from unmemorize.isolate.steps import loss_sum, mean_loss_nats
+from unmemorize.isolate.steps import loss_sum, mean_loss_nats, require_packing
 from unmemorize.isolate.train import build_model, train
 from unmemorize.records import Progress
 
@@ -334,10 +334,26 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path: Path, method: str) 
 def test_the_loss_of_a_batch_is_transformers_own() -> None:
     model = tiny_model().eval()
     batch = to_batch(pack(documents(), 24))
-    expected = model(**{name: batch[name] for name in ("input_ids", "position_ids", "labels")}).loss
+    given = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
+    expected = model(**given, use_cache=False).loss
     num_labels = (batch["labels"][:, 1:] != -100).sum()
     ours = loss_sum(model, batch, has_sinks=False) / num_labels
     assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_packed_loss_is_that_of_separate_documents() -> None:
+    model = tiny_model().eval()
+    packed = loss_sum(model, to_batch(pack(documents(), 24)), has_sinks=False)
+    alone = loss_sum(model, to_batch([[document] for document in documents()]), has_sinks=False)
+    assert packed.item() == pytest.approx(alone.item(), rel=1e-6)
+
+
+def test_models_that_would_mix_packed_documents_are_refused() -> None:
+    require_packing(tiny_model("gpt2"))
+    with pytest.raises(
+        ConfigError, match="OPTForCausalLM does not keep packed documents apart; set rows to padded"
+    ):
+        require_packing(tiny_model("opt"))
 
 
 def test_sinks_that_no_document_owns_do_not_move(tmp_path: Path) -> None:

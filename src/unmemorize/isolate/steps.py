@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from unmemorize.errors import ConfigError
 from unmemorize.isolate.packing import IGNORED, Pair, to_batch
 from unmemorize.isolate.settings import OptimizationSettings
 
@@ -90,6 +91,33 @@ def micro_batches(batch: Batch, rank: int, num_processes: int, micro_rows: int |
         {name: tensor[start : start + size] for name, tensor in mine.items()}
         for start in range(0, len(places), size)
     ]
+
+
+def require_packing(model: nn.Module) -> None:
+    """Check on random tokens that documents packed into one row do not see each other.
+
+    Architectures differ in whether they build block-diagonal attention from restarting positions; one that does not
+    would train on, with documents leaking into their neighbours.
+
+    Raises:
+        ConfigError: if changing the first document moves the logits of the second by one bit.
+    """
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    tokens = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
+    tokens[1, 4:] = tokens[0, 4:]
+    batch = moved({"input_ids": tokens, "position_ids": torch.arange(4).repeat(2, 2)}, device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(**batch, use_cache=False).logits
+    finally:
+        model.train(was_training)
+    if not torch.equal(logits[0, 4:], logits[1, 4:]):
+        raise ConfigError(
+            f"{type(model).__name__} does not keep packed documents apart; set rows to padded, one document a row"
+        )
 
 
 def count_labels(labels: Tensor) -> int:

@@ -47,7 +47,7 @@ from unmemorize.isolate.runs import (
     trained_runs,
 )
 from unmemorize.isolate.settings import PRESETS, ModelSettings, RecordSettings, TrainSettings
-from unmemorize.isolate.steps import Row
+from unmemorize.isolate.steps import Row, require_packing
 from unmemorize.models.language import load, quiet_transformers
 from unmemorize.records import Progress, ProgressCallback
 from unmemorize.tokenizer import encode_documents, load_tokenizer, train_tokenizer
@@ -106,7 +106,8 @@ def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, see
 
     Raises:
         ModelNotSupported: if there is no such preset, config or checkpoint.
-        ConfigError: if rows are longer than the model's context, or its vocabulary is smaller than the tokenizer's.
+        ConfigError: if rows are longer than the model's context, its vocabulary is smaller than the tokenizer's, or it
+            does not keep packed documents apart.
     """
     if settings.model in PRESETS or settings.model.endswith(".json"):
         model = _random_model(settings.model, tokenizer, seed)
@@ -123,6 +124,8 @@ def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, see
             f"the tokenizer has {len(tokenizer)} tokens, {settings.model} knows "
             f"{config.vocab_size}; use its own tokenizer"
         )
+    if settings.rows == "packed":
+        require_packing(model)
     model.train()
     return model
 
