@@ -226,7 +226,7 @@ def load(
             raise ModelNotSupported(
                 f"cannot load {source} as a causal language model: {text[0] if text else type(error).__name__}"
             ) from error
-    model.eval()
+    model.train(False)
     if run_check:
         for result in check(model, row):
             if not result.passed:
@@ -256,7 +256,7 @@ def check(model: PreTrainedModel, row: MlpRow | None = None) -> list[CheckResult
     sites = [mlp.site for mlp in mlps]
     results = [CheckResult("sites exist", True, f"{len(sites)} sites, {sum(s.width for s in sites)} neurons")]
     training = model.training
-    model.eval()
+    model.train(False)
     try:
         vocabulary = int(model.config.get_text_config().vocab_size)
         tokens = torch.arange(8, device=model.device).remainder(vocabulary).unsqueeze(0)
@@ -356,8 +356,9 @@ def _select(tensor: Tensor, chosen: Tensor, axis: int) -> Tensor:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and load reports for a while; its settings are restored."""
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
