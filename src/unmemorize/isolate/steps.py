@@ -103,7 +103,7 @@ def require_packing(model: nn.Module) -> None:
         ConfigError: if changing the first document moves the logits of the second by one bit.
     """
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     tokens = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
     tokens[1, 4:] = tokens[0, 4:]
     batch = moved({"input_ids": tokens, "position_ids": torch.arange(4).repeat(2, 2)}, device)

@@ -146,7 +146,7 @@ def _random_model(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) ->
         config = AutoConfig.for_model(kind, **{**rest, **special})
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
