@@ -1,4 +1,4 @@
-"""Tiny language models of every supported family: seeded, random, from their own config classes, made in milliseconds."""
+"""Tiny language models of every supported family: seeded, random, from their own config classes, quickly made."""
 
 from __future__ import annotations
 

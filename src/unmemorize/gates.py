@@ -187,11 +187,12 @@ def _on_side(linear: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) 
     return linear.register_forward_hook(lambda _, __, output: change(output))
 
 
-# Carrying a payload from a model's call to its layers. Three routes exist because no single one reaches a
-# recomputed layer everywhere: (1) transformers hands unknown keyword arguments to every decoder layer, and torch's
-# own checkpoint wrappers call the layer again with them (they are hooked inside the wrapper, and handed the payload
-# outside of it); (2) models that drop keyword arguments (GPT-Neo) read the call that is under way; (3) transformers' built-in checkpointing runs the layer's *inner* forward again, where no
-# hook of the layer fires, so the checkpoint function itself is wrapped to put the payload back.
+# Carrying a payload from a model's call to its layers. Three routes exist because no single one reaches a layer that
+# runs again during backward everywhere: (1) transformers hands unknown keyword arguments to every decoder layer, and
+# torch's own checkpoint wrappers call the layer again with them (the layer inside a wrapper is hooked, and the wrapper
+# is handed the payload); (2) models that drop keyword arguments (GPT-Neo) read the call that is under way;
+# (3) transformers' built-in checkpointing runs the layer's *inner* forward again, where no hook of the layer fires, so
+# the checkpoint function itself is wrapped to put the payload back.
 
 
 @dataclass

@@ -69,7 +69,7 @@ class NeuronSet:
         tidy: dict[Site, tuple[int, ...]] = {}
         for site in sorted(self.indices):
             chosen = tuple(sorted({as_index(number) for number in self.indices[site]}))
-            if chosen and not (0 <= chosen[0] and chosen[-1] < site.width):
+            if chosen and (chosen[0] < 0 or chosen[-1] >= site.width):
                 raise ConfigError(
                     f"neuron index out of range at {site.path}: got {chosen[0]}..{chosen[-1]}, "
                     f"expected 0..{site.width - 1}"

@@ -86,7 +86,10 @@ def sharded(model: Any) -> Any:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the processes; every rank leaves a file for each way of training."""
     folder = tmp_path_factory.mktemp("distributed")
-    code = "import sys, pathlib, tests.cells.test_distributed as t; t.worker(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+    code = (
+        "import pathlib, sys; from tests.cells.test_distributed import worker; "
+        "worker(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+    )
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", code, str(rank), str(folder)],

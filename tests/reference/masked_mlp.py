@@ -49,7 +49,9 @@ def gate_of(
         shared_scale: gate of shared neurons.
     """
 
-    places = {int(place.site.path.split(".")[-3 if "mlp" in place.site.path else -2]): place for place in plan.sites}
+    places = {
+        int(place.site.path.split(".")[-3 if "mlp" in place.site.path else -2]): place for place in plan.sites
+    }
 
     @cache
     def gates(layer: int, id: int) -> list[float]:

@@ -251,7 +251,7 @@ def _attached(
         )
     layer_of = {mlp.site: number for number, mlp in enumerate(mlps)}
     # Recompiling for every new number of documents would cost more than the few index operations of a payload.
-    encode = cast("Callable[[Tensor | None, bool], Gates | Rows]", torch.compiler.disable(encode))  # type: ignore[no-untyped-call]
+    encode = cast("Callable[[Tensor | None, bool], Gates | Rows]", torch.compiler.disable(encode))
     with conditioned(model, [mlp.layer for mlp in mlps], key=KEY, encode=encode) as conditioning:
         forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         inputs: dict[nn.Module, Callable[[Tensor], Tensor]] = {}

@@ -123,7 +123,7 @@ def require_fit(ids_shape: tuple[int, ...], tokens: Tensor) -> None:
     if ids_shape == (1,) or ids_shape == lead[: len(ids_shape)]:
         return
     if len(lead) == 1 and (
-        lead[0] == math.prod(ids_shape) or len(ids_shape) == 1 and lead[0] % ids_shape[0] == 0
+        lead[0] == math.prod(ids_shape) or (len(ids_shape) == 1 and lead[0] % ids_shape[0] == 0)
     ):
         return
     raise ShapeMismatch(

@@ -478,6 +478,6 @@ def _require_sound_published_ids(ids: Tensor, id_bits: int) -> None:
     bad = (ids >= limit) | (ids % _PUBLISHED_PRIME == 0)
     if bool(bad.any()):
         raise IdError(
-            f"id {int(ids[bad][0])} wraps or is degenerate under the published hash with {id_bits}-bit ids, expected 1 to "
-            f"{limit - 1}; use running indices, scheme keyed, or allow_degenerate"
+            f"id {int(ids[bad][0])} wraps or is degenerate under the published hash with {id_bits}-bit ids, "
+            f"expected 1 to {limit - 1}; use running indices, scheme keyed, or allow_degenerate"
         )

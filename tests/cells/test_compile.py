@@ -1,0 +1,133 @@
+"""Compiled models compute what eager ones compute, with changing ids, and are not compiled again for each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import tiny_model, tokens
+from unmemorize.isolate.language import plan_sinks, sink_state, training_sinks
+from unmemorize.isolate.plan import SinkPlan, SinkSettings
+from unmemorize.models.language import find_mlps
+
+TOKENS = tokens(2, 6)
+BY_ROW = (torch.tensor([5, 9]), torch.tensor([77, 0]), torch.tensor([9, 5]))
+BY_TOKEN = (
+    torch.tensor([[5, 5, 5, 9, 9, 0], [7, 7, 7, 7, 7, 7]]),
+    torch.tensor([[8, 8, 2, 2, 0, 0], [1, 1, 1, 3, 3, 3]]),
+)
+
+pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own deprecations are not ours
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def planned(family: str) -> tuple[Any, SinkPlan]:
+    model = tiny_model(family)
+    return model, plan_sinks(model, SinkSettings(share_frac=0.5))
+
+
+def run(model: Any, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    output = model(input_ids=TOKENS, labels=TOKENS, sink_ids=ids, use_cache=False)
+    output.loss.backward()
+    return output.logits.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+def compare(model: Any, compiled: Any, ids: Tensor, atol: float = 1e-6) -> None:
+    expected, found = run(model, ids), run(compiled, ids)
+    torch.testing.assert_close(found[0], expected[0], atol=atol, rtol=1e-4)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
+
+
+def num_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize(
+    ("family", "compute"),
+    [("llama", "masked"), ("llama", "gathered"), pytest.param("gpt2", "masked", marks=pytest.mark.slow)],
+)
+def test_compiled_training_follows_the_ids_of_each_batch(family: str, compute: Any) -> None:
+    model, plan = planned(family)
+    compiled = torch.compile(model, backend="aot_eager")
+    with training_sinks(model, plan, compute=compute):
+        for ids in BY_ROW:
+            compare(model, compiled, ids)
+        before = num_graphs()
+        for ids in BY_ROW:
+            compare(model, compiled, ids + 1000)
+        assert num_graphs() == before
+        if family == "llama" and compute == "masked":
+            for ids in BY_TOKEN:
+                compare(model, compiled, ids)
+
+
+def test_a_compiled_model_notices_blocks_opening_and_closing() -> None:
+    model, plan = planned("llama")
+    model.eval()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        plain = model(TOKENS).logits
+        for state in ("own", "off"):
+            torch.testing.assert_close(compiled(TOKENS).logits, plain, atol=1e-6, rtol=0)
+            with sink_state(model, plan, state, ids=BY_ROW[0]):
+                expected = model(TOKENS).logits
+                assert not torch.allclose(expected, plain, atol=1e-5)
+                torch.testing.assert_close(compiled(TOKENS).logits, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(compiled(TOKENS).logits, plain, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("compute", ["masked", pytest.param("gathered", marks=pytest.mark.slow)])
+def test_layers_compiled_one_by_one(compute: Any) -> None:
+    model, plan = planned("llama")
+    with training_sinks(model, plan, compute=compute):
+        expected = [run(model, ids) for ids in BY_ROW]
+    for mlp in find_mlps(model):
+        mlp.layer.compile(backend="aot_eager")
+    with training_sinks(model, plan, compute=compute):
+        for ids, (logits, gradients) in zip(BY_ROW, expected, strict=True):
+            found = run(model, ids)
+            torch.testing.assert_close(found[0], logits, atol=1e-6, rtol=1e-4)
+            for ours, theirs in zip(found[1], gradients, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["masked", "gathered"])
+def test_inductor(compute: Any) -> None:
+    model, plan = planned("llama")
+    compiled = torch.compile(model)
+    with training_sinks(model, plan, compute=compute):
+        for ids in (*BY_ROW, *BY_TOKEN):
+            compare(model, compiled, ids, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["masked", "gathered"])
+@pytest.mark.parametrize("is_reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+def test_compiled_and_checkpointed(is_reentrant: bool, compute: Any) -> None:
+    model, plan = planned("llama")
+    with training_sinks(model, plan, compute=compute):
+        expected = [run(model, ids) for ids in BY_ROW]
+    model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+    if is_reentrant:
+        model.enable_input_require_grads()
+    compiled = torch.compile(model, backend="aot_eager")
+    with training_sinks(model, plan, compute=compute):
+        for ids, (logits, gradients) in zip(BY_ROW, expected, strict=True):
+            found = run(compiled, ids)
+            torch.testing.assert_close(found[0], logits, atol=1e-6, rtol=1e-4)
+            for ours, theirs in zip(found[1], gradients, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
