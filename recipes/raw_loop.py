@@ -37,7 +37,7 @@ def main(num_steps: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with training_sinks(model, plan), isolated_optimizer(optimizer, model, plan):
         for _ in range(num_steps):
-            model(**batch, use_cache=False).loss.backward()  # the batch carries sink_ids
+            model(**batch).loss.backward()  # the batch carries sink_ids
             optimizer.step()
             optimizer.zero_grad()
 

@@ -17,6 +17,7 @@ from tests.tiny import tiny_model
 from unmemorize.corpus import MixtureSettings
 from unmemorize.errors import ConfigError, DataError, ModelNotSupported, PoolExhausted, RunFolderError
 from unmemorize.files import read_json_lines
+from unmemorize.isolate import steps
 from unmemorize.isolate.language import grow, plan_sinks, training_sinks
 from unmemorize.isolate.loop import Job, train_method
 from unmemorize.isolate.methods import MethodSettings, parse_method
@@ -348,8 +349,10 @@ def test_a_packed_loss_is_that_of_separate_documents() -> None:
     assert packed.item() == pytest.approx(alone.item(), rel=1e-6)
 
 
-def test_models_that_would_mix_packed_documents_are_refused() -> None:
-    require_packing(tiny_model("gpt2"))
+def test_models_that_would_mix_packed_documents_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in ("llama", "gpt2", "opt"):
+        require_packing(tiny_model(family))
+    monkeypatch.setattr(steps, "attention_arguments", lambda *_: {"use_cache": False})
     with pytest.raises(
         ConfigError, match="OPTForCausalLM does not keep packed documents apart; set rows to padded"
     ):

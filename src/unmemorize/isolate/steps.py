@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unmemorize.errors import ConfigError
-from unmemorize.isolate.packing import IGNORED, Pair, to_batch
+from unmemorize.isolate.packing import IGNORED, Pair, attention_arguments, to_batch
 from unmemorize.isolate.settings import OptimizationSettings
 
 Row = Sequence[Pair]
@@ -65,10 +65,10 @@ def mean_loss_nats(model: nn.Module, rows: Sequence[Row], batch_rows: int = 16) 
 
 def loss_sum(model: Callable[..., Any], batch: Batch, *, has_sinks: bool) -> Tensor:
     """Return the summed loss of a batch, nats, a scalar in float32."""
-    ids = {"sink_ids": batch["sink_ids"]} if has_sinks else {}
-    logits = model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **ids
-    ).logits
+    extra = attention_arguments(model, batch["position_ids"])
+    if has_sinks:
+        extra["sink_ids"] = batch["sink_ids"]
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **extra).logits
     # The labels are moved instead of the logits, which would copy the largest tensor of all.
     targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     return functional.cross_entropy(
@@ -96,10 +96,11 @@ def micro_batches(batch: Batch, rank: int, num_processes: int, micro_rows: int |
 def require_packing(model: nn.Module) -> None:
     """Check on random tokens that documents packed into one row do not see each other.
 
-    Architectures differ in whether they build block-diagonal attention from restarting positions; one that does not
-    would train on, with documents leaking into their neighbours.
+    Architectures differ in whether they build block-diagonal attention from restarting positions; one that does not,
+    and is not known for it, would train on, with documents leaking into their neighbours.
 
     Raises:
+        ModelNotSupported: if the model takes no positions.
         ConfigError: if changing the first document moves the logits of the second by one bit.
     """
     device = next(model.parameters()).device
@@ -111,7 +112,7 @@ def require_packing(model: nn.Module) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(**batch, use_cache=False).logits
+            logits = model(**batch, **attention_arguments(model, batch["position_ids"])).logits
     finally:
         model.train(was_training)
     if not torch.equal(logits[0, 4:], logits[1, 4:]):
