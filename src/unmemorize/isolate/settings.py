@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from unmemorize.corpus import IdKind, MixtureSettings
+from unmemorize.corpus import PYTHON_DOCS, IdKind, MixtureSettings
 from unmemorize.errors import ConfigError
 from unmemorize.isolate.methods import MethodSettings, parse_method
 
@@ -168,9 +168,14 @@ def demo_settings(
     corpus: str = "python-docs", text_column: str = "text", *, is_quick: bool = False
 ) -> TrainSettings:
     """Return a comparison that takes minutes on two CPU cores; `is_quick` takes seconds and shows no effect."""
-    mixture = MixtureSettings(num_repeated=24, repeats=32, num_once=1000, num_validation=120, min_characters=300)
+    mixture = MixtureSettings(
+        num_repeated=24, repeats=32, num_once=1000, num_validation=120, min_characters=300
+    )
     if is_quick:
         mixture = MixtureSettings(num_repeated=8, repeats=4, num_once=24, num_validation=8)
+    elif corpus == PYTHON_DOCS:
+        # What is repeated: pieces of the language reference, and docstrings as memorized text of another origin.
+        mixture = replace(mixture, repeated_source="topics/", num_heldout=12)
     return TrainSettings(
         corpus=CorpusSettings(path=corpus, text_column=text_column),
         mixture=mixture,

@@ -146,9 +146,7 @@ def _random_model(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) ->
         config = AutoConfig.for_model(kind, **{**rest, **special})
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32
-            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelNotSupported(
             f"{source} does not describe a causal language model ({type(error).__name__}: {error}); "
@@ -257,7 +255,12 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
 def _examples(material: _Material) -> list[dict[str, Any]]:
     """List the documents an audit measures; `repeats` is how often plain training saw them."""
     mixture, rows = material.mixture, []
-    groups = (("target", mixture.repeated, mixture.repeats), ("ordinary", mixture.validation, 0))
+    targets = mixture.repeated[: len(mixture.repeated) - len(mixture.heldout)]
+    groups = (
+        ("target", targets, mixture.repeats),
+        ("heldout", mixture.heldout, mixture.repeats),
+        ("ordinary", mixture.validation, 0),
+    )
     for group, documents, repeats in groups:
         for number, document in enumerate(documents):
             row: dict[str, Any] = {
