@@ -2,8 +2,10 @@
 
 A packed row holds several documents whose positions restart. From restarting positions transformers makes
 block-diagonal causal attention by itself, but only if a forward has neither an attention mask nor a cache, and the
-cache is on by default; OPT does not look at positions at all. `attention_arguments` gives what a model needs. A document's first token has no label, because no token of its own
-predicts it. Padding has token 0, id 0 (pool off), position 0 and no label.
+cache is on by default; OPT does not look at positions at all. `attention_arguments` gives what a model needs.
+
+A document's first token has no label, because no token of its own predicts it. Padding has token 0, id 0 (pool off),
+position 0 and no label.
 
 Source: goldfish labels, Hans et al. 2024, arXiv 2406.10209; the hash is ours.
 """
