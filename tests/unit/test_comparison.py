@@ -296,8 +296,12 @@ def test_verdict_behind_and_level() -> None:
     assert behind.verdict.endswith("lies behind the curve, where capping repeats is the better choice.")
     level = audit_of(make_runs({**TRIAL, "sinks": (3.48, 2.92)}))
     assert level.verdict.endswith("sinks cannot be told from the curve.")
-    outside = audit_of(make_runs({**TRIAL, "sinks": (3.2, 2.0)}))
-    assert "it is not judged (validation loss 3.196 is better than every" in outside.verdict
+    better = audit_of(make_runs({**TRIAL, "sinks": (3.2, 2.0)}))
+    assert "no point of the cap:R curve reaches its validation loss (3.2" in better.verdict
+    assert better.verdict.endswith("nats at best, in every seed): it lies beyond the curve.")
+    # Better validation and *more* memory than the best point is a trade, not a lead.
+    trade = audit_of(make_runs({**TRIAL, "sinks": (3.2, 0.5)}))
+    assert "it is not judged (validation loss 3.196 is better than every" in trade.verdict
 
 
 def test_verdict_of_one_seed_says_what_its_interval_covers() -> None:

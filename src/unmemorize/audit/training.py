@@ -37,7 +37,7 @@ from unmemorize.isolate.language import sink_state
 from unmemorize.isolate.loop import read_training
 from unmemorize.isolate.methods import Method, parse_method
 from unmemorize.isolate.plan import SinkPlan, load_plan
-from unmemorize.isolate.runs import environment, model_folder, read_run
+from unmemorize.isolate.runs import environment, read_run
 from unmemorize.isolate.settings import TrainSettings
 from unmemorize.models.language import load
 from unmemorize.records import Audit, CurvePoint, Progress, ProgressCallback, StateName, StateResult

@@ -10,9 +10,11 @@ Source: ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Literal
 
-from unmemorize.records import Measure, MethodResult
+from unmemorize.audit.frontier import MIN_CURVE_POINTS, curve_repeats
+from unmemorize.records import Measure, MethodResult, SeedResult
 
 
 def verdict(methods: Sequence[MethodResult], headline: str | None) -> str:
@@ -41,7 +43,7 @@ def verdict(methods: Sequence[MethodResult], headline: str | None) -> str:
         parts.append(
             f" and the share of the repetition benefit kept is refused ({_reason(chosen, 'benefit')})"
         )
-    parts.append(_frontier(chosen))
+    parts.append(_frontier(chosen) if not _leads(chosen, methods) else _lead(chosen, methods))
     if len(seeds) == 1:
         parts.append(" (one training run; intervals are over documents, not over trainings)")
     elif len(seeds) == 2:
@@ -58,6 +60,45 @@ def _without_method(methods: Sequence[MethodResult]) -> str:
         f"With {standard.label}, repeated text has a loss of {repeated} nats per token against {validation} "
         "on text never trained on; no method that isolates memorization was compared."
     )
+
+
+def _leads(method: MethodResult, methods: Sequence[MethodResult]) -> bool:
+    """Tell whether no seed's curve reaches the method's validation loss, while it memorizes less than the best point.
+
+    Then nothing on the curve is equal, `beyond_curve_nats` is refused, and yet the answer is plain.
+    """
+    curve = [other for other in methods if curve_repeats(other.method) is not None]
+    if curve_repeats(method.method) is not None or len(curve) < MIN_CURVE_POINTS:
+        return False
+    for own in method.seeds:
+        rivals = [seed for other in curve for seed in other.seeds if seed.seed == own.seed]
+        points = [_point(seed) for seed in (own, *rivals)]
+        if len(rivals) < len(curve) or any(point is None for point in points):
+            return False
+        (validation, repeated), *others = [point for point in points if point is not None]
+        best = min(others)
+        if validation >= best[0] or repeated <= best[1]:
+            return False
+    return True
+
+
+def _point(seed: SeedResult) -> tuple[float, float] | None:
+    """Return a seed's place on the frontier plot: validation and repeated loss, nats; None if one is refused."""
+    validation, repeated = seed.validation_loss_nats.value, seed.repeated_loss_nats.value
+    return None if validation is None or repeated is None else (validation, repeated)
+
+
+def _lead(method: MethodResult, methods: Sequence[MethodResult]) -> str:
+    curve = [other for other in methods if curve_repeats(other.method) is not None]
+    best = min(_mean_validation(other) for other in curve)
+    return (
+        f"; no point of the cap:R curve reaches its validation loss ({_mean_validation(method):.2f} against "
+        f"{best:.2f} nats at best, in every seed): it lies beyond the curve"
+    )
+
+
+def _mean_validation(method: MethodResult) -> float:
+    return fmean(seed.validation_loss_nats.value or 0.0 for seed in method.seeds)
 
 
 def _frontier(method: MethodResult) -> str:
