@@ -105,11 +105,12 @@ def test_layers_compiled_one_by_one(compute: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compute", ["masked", "gathered"])
+@pytest.mark.timeout(600)
 def test_inductor(compute: Any) -> None:
     model, plan = planned("llama")
     compiled = torch.compile(model)
     with training_sinks(model, plan, compute=compute):
-        for ids in (*BY_ROW, *BY_TOKEN):
+        for ids in (BY_ROW[0], BY_ROW[1], BY_TOKEN[0]):
             compare(model, compiled, ids, atol=1e-5)
 
 
