@@ -45,7 +45,7 @@ def read_rows(path: str | Path, *, text_column: str, source_column: str | None) 
         yield from _dataset_rows(path, wanted)
     elif not path.is_file():
         raise DataError(
-            f"{path} does not exist; expected a corpus file, a folder, or a hub name like owner/name"
+            f"{path} does not exist; expected a corpus file or folder, or a hub name like owner/name"
         )
     elif kind.endswith(_JSON):
         yield from _json_rows(path)
