@@ -99,7 +99,7 @@ def test_interruption_is_one_line_and_exit_code_130(run: Callable[..., Any]) -> 
         (["ids", "--nonsense", "x"], "No such option: --nonsense; see unmemorize ids --help"),
         (["report"], "Missing argument 'RUN...'; see unmemorize report --help"),
         (["ids", "x.jsonl", "--limit", "few"], "see unmemorize ids --help"),
-        (["ids", "nowhere.jsonl"], "nowhere.jsonl does not exist; expected a corpus file or folder"),
+        (["ids", "nowhere.jsonl"], "nowhere.jsonl does not exist; expected a corpus file"),
         (["ids", "python-docs", "--limit", "0"], "limit is 0, expected 1 document or more"),
         (["report", "nowhere"], "run folder nowhere does not exist"),
     ],
