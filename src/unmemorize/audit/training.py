@@ -37,7 +37,7 @@ from unmemorize.isolate.language import sink_state
 from unmemorize.isolate.loop import read_training
 from unmemorize.isolate.methods import Method, parse_method
 from unmemorize.isolate.plan import SinkPlan, load_plan
-from unmemorize.isolate.runs import environment, read_run
+from unmemorize.isolate.runs import environment, model_folder, read_run
 from unmemorize.isolate.settings import TrainSettings
 from unmemorize.models.language import load
 from unmemorize.records import Audit, CurvePoint, Progress, ProgressCallback, StateName, StateResult
@@ -131,10 +131,10 @@ def _open(path: Path) -> _Run:
 
 def _measured(run: _Run, method: Method, seed: int, settings: AuditSettings) -> RunResult:
     """Read what was measured of a model, or measure it."""
-    folder = run.path / "models" / f"{method.folder}-seed{seed}"
-    if not (folder / "config.json").is_file():
+    folder = model_folder(run.path, method.name, seed)
+    if not (folder / "training.json").is_file():
         raise RunFolderError(
-            f"{folder} holds no trained model; run the same train command again to finish it"
+            f"{folder} holds no finished model; run the same train command again to finish it"
         )
     words = json.dumps([asdict(settings), [e.name for e in run.examples]])
     kept = folder / f"measured-{hashlib.sha256(words.encode()).hexdigest()[:8]}.json"
