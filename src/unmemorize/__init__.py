@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unmemorize.audit.language import audit_state
-    from unmemorize.corpus import Document, Mixture, MixtureSettings, mix, read_corpus
+    from unmemorize.audit.training import audit_training
+    from unmemorize.corpus import Document, MixtureSettings, read_corpus
     from unmemorize.errors import UnmemorizeError
-    from unmemorize.gates import capture, closed, folded, gated
+    from unmemorize.gates import capture, closed, gated
     from unmemorize.ids import content_id, near_duplicate_ids, source_id
     from unmemorize.isolate.language import grow, plan_sinks, sink_state, training_sinks
     from unmemorize.isolate.optimizer import isolated_optimizer
-    from unmemorize.isolate.packing import SinkCollator, goldfish_labels, pack
+    from unmemorize.isolate.packing import SinkCollator, attention_arguments, goldfish_labels
     from unmemorize.isolate.plan import SinkPlan, SinkSettings, load_plan
     from unmemorize.isolate.planner import forecast
+    from unmemorize.isolate.settings import TrainSettings
+    from unmemorize.isolate.train import train
     from unmemorize.models.language import MlpRow, check, fingerprint, load
     from unmemorize.neurons import NeuronSet, Site, load_neurons
     from unmemorize.records import Audit, Measure, load_audit
@@ -30,7 +33,6 @@ __all__ = [
     "Audit",
     "Document",
     "Measure",
-    "Mixture",
     "MixtureSettings",
     "MlpRow",
     "NeuronSet",
@@ -38,8 +40,11 @@ __all__ = [
     "SinkPlan",
     "SinkSettings",
     "Site",
+    "TrainSettings",
     "UnmemorizeError",
+    "attention_arguments",
     "audit_state",
+    "audit_training",
     "capture",
     "check",
     "closed",
@@ -48,7 +53,6 @@ __all__ = [
     "export",
     "fingerprint",
     "fold",
-    "folded",
     "forecast",
     "gated",
     "goldfish_labels",
@@ -58,28 +62,30 @@ __all__ = [
     "load_audit",
     "load_neurons",
     "load_plan",
-    "mix",
     "near_duplicate_ids",
-    "pack",
     "plan_sinks",
     "read_corpus",
     "sink_state",
     "source_id",
+    "train",
     "training_sinks",
     "write_report",
 ]
 
 _HOMES = {
     "audit.language": "audit_state",
-    "corpus": "Document Mixture MixtureSettings mix read_corpus",
+    "audit.training": "audit_training",
+    "corpus": "Document MixtureSettings read_corpus",
     "errors": "UnmemorizeError",
-    "gates": "capture closed folded gated",
+    "gates": "capture closed gated",
     "ids": "content_id near_duplicate_ids source_id",
     "isolate.language": "grow plan_sinks sink_state training_sinks",
     "isolate.optimizer": "isolated_optimizer",
-    "isolate.packing": "SinkCollator goldfish_labels pack",
+    "isolate.packing": "SinkCollator attention_arguments goldfish_labels",
     "isolate.plan": "SinkPlan SinkSettings load_plan",
     "isolate.planner": "forecast",
+    "isolate.settings": "TrainSettings",
+    "isolate.train": "train",
     "models.language": "MlpRow check fingerprint load",
     "neurons": "NeuronSet Site load_neurons",
     "records": "Audit Measure load_audit",
