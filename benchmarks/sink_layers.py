@@ -2,9 +2,9 @@
 
     python benchmarks/sink_layers.py [--repeats 7] [--threads 2]
 
-One LLaMA decoder layer's MLP at d 512 with 256 shared neurons and 64 sinks per document, batches of 8 documents of 256
-tokens, forward and backward, float32 on the CPU or bfloat16 on a GPU. The pool grows from 256 to 16,384 sinks; the table
-gives medians over the repeats and ratios to the masked layer in the same run. All pairs run interleaved.
+One LLaMA decoder layer at d 512 with 256 shared neurons and 64 sinks per document, batches of 8 documents of 256
+tokens, forward and backward, float32 on the CPU or bfloat16 on a GPU. The pool grows from 256 to 16,384 sinks. The
+table gives medians over the repeats and the ratio to the masked layer in the same run; all columns run interleaved.
 """
 
 from __future__ import annotations
@@ -60,8 +60,12 @@ def main() -> None:
     rows = torch.arange(1, DOCUMENTS + 1, device=device)
     half = rows.repeat_interleave(TOKENS // 2).view(DOCUMENTS // 2, TOKENS)
     packed = torch.cat([half, half.flip(0)])
-    print(f"torch {torch.__version__}, {device}, {arguments.threads} threads, median of {arguments.repeats}, ms\n")
-    print("| pool | plain, stored width | plain, active width | masked | gathered | gathered, packed | gathered / masked |")
+    print(
+        f"torch {torch.__version__}, {device}, {arguments.threads} threads, median of {arguments.repeats}, ms\n"
+    )
+    print(
+        "| pool | plain, stored | plain, active | masked | gathered | gathered, packed | gathered / masked |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for pool in (256, 1024, 3840, 16384):
         model, active = build(SHARED + pool, device), build(SHARED + SINKS, device)

@@ -5,6 +5,7 @@ A verb prints nothing; `cli.py` does. Heavy libraries are imported inside the ve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -289,7 +290,7 @@ def demo(
     return Answer(data=data, lines=[result.verdict, f"plain model: {removed}", str(path)])
 
 
-VERBS = {
+VERBS: dict[str, Callable[..., Answer]] = {
     "demo": demo,
     "train": train,
     "audit": audit,

@@ -58,7 +58,7 @@ def test_layers_that_lose_fewer_neurons_are_filled_with_zeros() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("remover", [fold, excise])
-def test_the_export_loads_where_the_library_cannot_be_imported(tmp_path: Path, remover) -> None:  # noqa: ANN001
+def test_the_export_loads_where_the_library_cannot_be_imported(tmp_path: Path, remover) -> None:
     model = tiny_model("llama").eval()
     plan = plan_sinks(model, SinkSettings(share_frac=0.5))
     with sink_state(model, plan, "off"):

@@ -13,6 +13,8 @@ from unmemorize.cli import main
 from unmemorize.models.language import find_mlps, load
 from unmemorize.records import load_audit
 
+pytestmark = pytest.mark.timeout(300)  # the first test pays for a whole demo
+
 GROUPS_OF_A_DELETION = ["target", "neighbour"]
 
 
@@ -58,7 +60,9 @@ def test_the_plain_model_is_the_off_state_again(run: Path, capsys: pytest.Captur
     """The exported model, audited as anyone's model on the run's examples, gives the off state's losses."""
     off = load_audit(run / "audit.json").methods[-1].seeds[0]
     out = run.parent / "plain-audit"
-    again = ask(capsys, "audit", str(run / "plain"), "--examples", str(run), "--out", str(out), "--length", "128")
+    again = ask(
+        capsys, "audit", str(run / "plain"), "--examples", str(run), "--out", str(out), "--length", "128"
+    )
     seed = again["methods"][0]["seeds"][0]
     for name in ("validation_loss_nats", "repeated_loss_nats"):
         assert seed[name]["value"] == pytest.approx(getattr(off, name).value, abs=1e-5)
@@ -103,7 +107,9 @@ def test_bad_input_is_refused_in_one_line(
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\x00\x01\x02")
     (tmp_path / "broken.json").write_text("{")
-    assert "holds no documents" in refusal(capsys, "train", "--corpus", str(tmp_path / "empty.jsonl"), "--out", out)
+    assert "holds no documents" in refusal(
+        capsys, "train", "--corpus", str(tmp_path / "empty.jsonl"), "--out", out
+    )
     assert "binary" in refusal(capsys, "train", "--corpus", str(tmp_path / "binary.txt"), "--out", out)
     assert "another run" in refusal(capsys, "train", "--corpus", "python-docs", "--out", str(run))
     assert "unknown method" in refusal(capsys, "train", "--methods", "magic", "--out", out)

@@ -15,13 +15,15 @@ FIRST, SECOND, NEVER = 101, 202, 303
 
 
 @pytest.fixture(scope="module")
-def trained():  # noqa: ANN201
+def trained():
     """A grown model whose original weights are frozen: all it can learn of two random texts goes into sinks."""
     torch.set_num_threads(1)
     model = grow(tiny_model("llama"), 64, seed=1)
     with torch.no_grad():  # random heads are too quiet for any confident answer
         model.get_output_embeddings().weight.mul_(40)
-    plan = plan_sinks(model, SinkSettings(share_frac=1.0, grown=64, active_frac=None, sinks_per_id=24, seed=5))
+    plan = plan_sinks(
+        model, SinkSettings(share_frac=1.0, grown=64, active_frac=None, sinks_per_id=24, seed=5)
+    )
     texts = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(2))
     ids = torch.tensor([FIRST, SECOND])
     names = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
@@ -41,7 +43,7 @@ def trained():  # noqa: ANN201
     return model.eval(), plan, texts, frozen
 
 
-def _loss(model, plan, texts: torch.Tensor, state: str, **settings: object) -> torch.Tensor:  # noqa: ANN001
+def _loss(model, plan, texts: torch.Tensor, state: str, **settings: object) -> torch.Tensor:
     """Mean loss of each text in a state, nats per token, shape (2,)."""
     with torch.no_grad(), sink_state(model, plan, state, **settings):
         logits = model(input_ids=texts, use_cache=False).logits[:, :-1]
@@ -49,7 +51,7 @@ def _loss(model, plan, texts: torch.Tensor, state: str, **settings: object) -> t
     return losses.mean(1)
 
 
-def test_planted_memory_is_in_the_owners_sinks(trained) -> None:  # noqa: ANN001
+def test_planted_memory_is_in_the_owners_sinks(trained) -> None:
     model, plan, texts, _ = trained
     ids = torch.tensor([FIRST, SECOND])
     own = _loss(model, plan, texts, "own", ids=ids)
@@ -59,7 +61,7 @@ def test_planted_memory_is_in_the_owners_sinks(trained) -> None:  # noqa: ANN001
     assert own.max() < 0.7 * foreign.min()
 
 
-def test_closing_one_owner_spares_the_other(trained) -> None:  # noqa: ANN001
+def test_closing_one_owner_spares_the_other(trained) -> None:
     model, plan, texts, _ = trained
     ids = torch.tensor([FIRST, SECOND])
     own = _loss(model, plan, texts, "own", ids=ids)
@@ -69,7 +71,7 @@ def test_closing_one_owner_spares_the_other(trained) -> None:  # noqa: ANN001
     assert without_first[1] < off[1] - 0.5 * (off[1] - own[1])
 
 
-def test_absent_memory_is_not_found(trained) -> None:  # noqa: ANN001
+def test_absent_memory_is_not_found(trained) -> None:
     """A text that was never trained gains nothing from any sinks."""
     model, plan, _, _ = trained
     stranger = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(99))
@@ -78,7 +80,7 @@ def test_absent_memory_is_not_found(trained) -> None:  # noqa: ANN001
     assert (own > off - 0.2).all()
 
 
-def test_sinks_that_nobody_owned_did_not_move(trained) -> None:  # noqa: ANN001
+def test_sinks_that_nobody_owned_did_not_move(trained) -> None:
     model, plan, _, frozen = trained
     owned = plan.neurons_for([FIRST, SECOND])
     moved = 0

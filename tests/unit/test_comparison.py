@@ -106,7 +106,7 @@ def method_of(audit: Audit, name: str) -> MethodResult:
 # Assembly
 
 
-def test_comparison_of_the_trial(tmp_path) -> None:  # noqa: ANN001
+def test_comparison_of_the_trial(tmp_path) -> None:
     audit = audit_of(make_runs(TRIAL))
     assert [method.method for method in audit.methods] == list(TRIAL)
     sinks = method_of(audit, "sinks")

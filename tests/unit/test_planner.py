@@ -13,7 +13,12 @@ from unmemorize.isolate.planner import forecast, simulate
     [(7692, 100, 50), (2000, 64, 5), (500, 150, 3), (64, 64, 1)],
 )
 def test_formula_agrees_with_counting(num_pool: int, num_sinks: int, num_deletions: int) -> None:
-    sizes = {"num_pool": num_pool, "num_sinks": num_sinks, "num_sources": 3000, "num_deletions": num_deletions}
+    sizes = {
+        "num_pool": num_pool,
+        "num_sinks": num_sinks,
+        "num_sources": 3000,
+        "num_deletions": num_deletions,
+    }
     expected = forecast(**sizes)
     counted = simulate(**sizes, seed=3)
     assert counted.shared_sinks == pytest.approx(expected.shared_sinks, rel=0.05)

@@ -148,7 +148,7 @@ def test_ratio_without_tokens_is_refused() -> None:
     assert str(bootstrap_ratio([], []).refused).startswith("no examples")
 
 
-def _coverage(make_interval, truth: float, trials: int, seed: int) -> float:  # noqa: ANN001
+def _coverage(make_interval, truth: float, trials: int, seed: int) -> float:
     generator = np.random.default_rng(seed)
     hits = 0
     for trial in range(trials):
@@ -340,7 +340,7 @@ def test_losses_of_several_models_share_resamples() -> None:
         loss_draws([nll, nll], tokens[:4])
 
 
-def _one_run(num: int, *, gap: float = 2.0, benefit: float = 0.2):  # noqa: ANN202
+def _one_run(num: int, *, gap: float = 2.0, benefit: float = 0.2):
     """Draws of method, standard, dedup: half of the gap closed, three quarters of the benefit kept."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(50, 150, size=num)

@@ -91,17 +91,17 @@ def audit_model(
     measured = audit_state(model, examples, "plain", settings)
     groups = {group.group: group for group in measured.result.groups}
     target, ordinary = groups.get("target"), groups.get("ordinary")
-    figures: dict[str, Measure] = {
-        "validation_loss_nats": _loss(ordinary, "ordinary"),
-        "repeated_loss_nats": _loss(target, "target"),
-        "gap_closed_frac": _ALONE,
-        "repetition_benefit_kept_frac": _ALONE,
-        "extraction_rate_frac": (
+    figures = MethodSummary(
+        validation_loss_nats=_loss(ordinary, "ordinary"),
+        repeated_loss_nats=_loss(target, "target"),
+        gap_closed_frac=_ALONE,
+        repetition_benefit_kept_frac=_ALONE,
+        extraction_rate_frac=(
             target.extraction[0].extraction_rate_frac
             if target and target.extraction
             else refused("no target example is long enough")
         ),
-    }
+    )
     states: dict[str, Any] = {"plain": measured}
     seed = SeedResult(
         seed=0,
@@ -110,15 +110,19 @@ def audit_model(
         documents=document_results(examples, states),
         continuations=continuations(examples, states, decoder(tokenizer)),
         num_parameters=sum(p.numel() for p in model.parameters()),
-        **figures,
+        validation_loss_nats=figures.validation_loss_nats,
+        repeated_loss_nats=figures.repeated_loss_nats,
+        gap_closed_frac=figures.gap_closed_frac,
+        repetition_benefit_kept_frac=figures.repetition_benefit_kept_frac,
+        extraction_rate_frac=figures.extraction_rate_frac,
     )
     return Audit(
         kind="model",
         title=f"Audit of {name}",
-        verdict=_verdict(name, figures),
+        verdict=_verdict(name, figures.extraction_rate_frac),
         settings={"model": fingerprint(model), **asdict(settings)},
         environment=environment(),
-        methods=[MethodResult(method="model", label=name, seeds=[seed], summary=MethodSummary(**figures))],
+        methods=[MethodResult(method="model", label=name, seeds=[seed], summary=figures)],
     )
 
 
@@ -126,8 +130,7 @@ def _loss(group: GroupResult | None, name: str) -> Measure:
     return group.loss_nats if group else refused(f"no {name} examples")
 
 
-def _verdict(name: str, figures: dict[str, Measure]) -> str:
-    rate = figures["extraction_rate_frac"]
+def _verdict(name: str, rate: Measure) -> str:
     if rate.value is None or rate.ci95 is None:
         return f"How much of the targets {name} repeats verbatim is refused ({rate.refused})."
     low, high = rate.ci95

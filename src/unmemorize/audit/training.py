@@ -33,7 +33,7 @@ from unmemorize.audit.examples import (
 from unmemorize.audit.language import audit_state, document_losses, extract
 from unmemorize.errors import RunFolderError
 from unmemorize.files import read_json_lines, write_atomic
-from unmemorize.isolate.language import sink_state
+from unmemorize.isolate.language import State, sink_state
 from unmemorize.isolate.loop import read_training
 from unmemorize.isolate.methods import Method, parse_method
 from unmemorize.isolate.plan import SinkPlan, load_plan
@@ -46,7 +46,7 @@ from unmemorize.tokenizer import encode_documents, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-STATES: dict[StateName, str] = {
+STATES: dict[State, str] = {
     "off": "the pool is closed: the model as it would be shipped",
     "own": "every document opens its own sinks",
     "foreign": "every document opens another repeated document's sinks: the placebo of own",
@@ -252,4 +252,4 @@ def _curve(path: Path) -> list[dict[str, Any]]:
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
     """Return the text of a token as the tokenizer shows it."""
-    return lambda token: tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    return lambda token: str(tokenizer.decode([token], clean_up_tokenization_spaces=False))

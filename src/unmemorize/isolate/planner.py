@@ -136,7 +136,11 @@ def simulate(
     """Draw the sinks of running ids under a plan, delete some, and count.
 
     Args:
-        num_pool, num_sinks, num_sources, num_deletions, scheme: as in `forecast`.
+        num_pool: sinks per site, P.
+        num_sinks: sinks per id and site, k.
+        num_sources: ids that train.
+        num_deletions: ids whose sinks are closed for good.
+        scheme: how sinks are drawn.
         seed: seed of the plan.
         max_survivors: survivors to look at, to bound the time.
     """
