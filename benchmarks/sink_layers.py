@@ -1,4 +1,4 @@
-"""Time of an MLP with sinks: masked against gathered against a plain MLP of the same stored and of the same active width.
+"""Time of an MLP with sinks: masked against gathered, beside plain MLPs of the stored and of the active width.
 
     python benchmarks/sink_layers.py [--repeats 7] [--threads 2]
 
