@@ -12,9 +12,11 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from unmemorize.errors import FileFormatError, RunFolderError
+
+_BLOCK_BYTES = 4096
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
@@ -92,12 +94,19 @@ def read_json(path: str | Path, *, format: str, version: int) -> dict[str, Any]:
 
 
 def append_json_line(path: str | Path, value: Any) -> None:
-    """Append one JSON line and flush it; a torn last line is what readers must expect after a crash."""
+    """Append one JSON line and flush it.
+
+    A crash may tear the line; readers drop a torn last line, and the next append clears it away.
+
+    Raises:
+        RunFolderError: if the folder cannot be made or written to, or the disk is full.
+    """
     path = Path(path)
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+        with path.open("a+b") as stream:
+            stream.write(_mend_tail(stream) + line.encode("utf-8"))
     except OSError as error:
         raise RunFolderError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
@@ -112,21 +121,47 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"cannot read {path}: {error}") from error
+        *lines, tail = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
+    if _is_row(tail):
+        lines.append(tail)
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
         except ValueError as error:
-            if number == len(lines):
-                break
             raise FileFormatError(f"{path} line {number} is not JSON; make the file again") from error
         if not isinstance(row, dict):
             raise FileFormatError(f"{path} line {number} is not a JSON object; make the file again")
         rows.append(row)
     return rows
+
+
+def _is_row(line: bytes) -> bool:
+    """Tell whether a last line without an end is nevertheless a whole JSON object."""
+    try:
+        return isinstance(json.loads(line.decode("utf-8")), dict)
+    except ValueError:
+        return False
+
+
+def _mend_tail(stream: BinaryIO) -> bytes:
+    """Cut a torn last line off a file that is open for appending; returns what must precede the next line."""
+    end = stream.seek(0, os.SEEK_END)
+    tail = b""
+    while end > 0 and b"\n" not in tail:
+        start = max(0, end - _BLOCK_BYTES)
+        stream.seek(start)
+        tail = stream.read(end - start) + tail
+        end = start
+    tail = tail.rpartition(b"\n")[2]
+    if not tail:
+        return b""
+    if _is_row(tail):
+        return b"\n"
+    stream.truncate(stream.seek(0, os.SEEK_END) - len(tail))
+    return b""
 
 
 def _umask() -> int:

@@ -17,6 +17,7 @@ Nothing here knows a model family or what the neurons mean.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unmemorize.errors import IdsMissing, ShapeMismatch, SitesNotFound
+from unmemorize.errors import ConfigError, IdsMissing, ModelNotSupported, ShapeMismatch, SitesNotFound
 from unmemorize.neurons import NeuronSet, Site
 
 _PAYLOAD = "unmemorize_payload"
@@ -49,6 +50,12 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 def is_transposed(linear: nn.Module) -> bool:
     """Tell whether a linear layer stores its weight as (in, out), as GPT-2's `Conv1D` does."""
     return type(linear).__name__ == "Conv1D"
+
+
+def is_plain_linear(linear: nn.Module) -> bool:
+    """Tell whether a layer computes nothing but weight and bias in floating point: no adapter, not quantized."""
+    is_known = isinstance(linear, nn.Linear) or is_transposed(linear)
+    return is_known and isinstance(linear.weight, Tensor) and linear.weight.is_floating_point()
 
 
 def site_width(linear: nn.Module, side: str) -> int:
@@ -77,23 +84,26 @@ def apply_gate(channels: Tensor, gate: Tensor, start: int = 0) -> Tensor:
         start: first gated channel; channels start .. start + F are multiplied.
 
     Raises:
-        ShapeMismatch: if the gate's batch or length does not fit.
+        ShapeMismatch: if the gate's batch, length or width does not fit.
     """
     gate = gate.to(device=channels.device, dtype=channels.dtype)
     width = gate.shape[-1]
-    if gate.dim() == 3 and channels.dim() == 2:
-        length = channels.shape[0] // gate.shape[0]
-        gate = gate.expand(gate.shape[0], length, width).reshape(-1, width)
-    if gate.dim() > 1 and any(
-        g not in (1, c) for g, c in zip(gate.shape[:-1], channels.shape[:-1], strict=False)
+    shape = gate.shape
+    if gate.dim() == 3 and channels.dim() == 2 and shape[1] in (1, channels.shape[0] // shape[0]):
+        gate = gate.expand(shape[0], channels.shape[0] // shape[0], width).reshape(-1, width)
+    lead = zip(gate.shape[:-1], channels.shape[:-1], strict=False)
+    if (
+        start + width > channels.shape[-1]
+        or gate.dim() > channels.dim()
+        or any(g not in (1, c) for g, c in lead)
     ):
         raise ShapeMismatch(
-            f"gate of shape {tuple(gate.shape)} does not fit channels of shape {tuple(channels.shape)}; "
-            "pass one gate a row or a token"
+            f"gate of shape {tuple(shape)} from channel {start} does not fit channels of shape "
+            f"{tuple(channels.shape)}; pass one gate a row or a token"
         )
     if start == 0 and width == channels.shape[-1]:
         return channels * gate
-    parts = channels.split([start, width, channels.shape[-1] - start - width], dim=-1)
+    parts = torch.tensor_split(channels, (start, start + width), dim=-1)
     return torch.cat([parts[0], parts[1] * gate, parts[2]], dim=-1)
 
 
@@ -135,7 +145,23 @@ def folded(model: nn.Module, gates: Mapping[Site, Tensor]) -> nn.Module:
     Args:
         model: left untouched.
         gates: site -> gate of shape (F,), unitless.
+
+    Raises:
+        ConfigError: if a block of this file is open on the model, since the copy would keep its hooks for ever.
+        ModelNotSupported: if a layer has an adapter or is quantized, so that its weight is not all it computes with.
     """
+    for module in model.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", None) == __name__ for hook in hooks):
+            raise ConfigError(
+                "a gate or sink block is open on this model; close it before making a folded copy"
+            )
+    for site in gates:
+        linear = module_at(model, site.path)
+        if not is_plain_linear(linear):
+            raise ModelNotSupported(
+                f"cannot fold into {site.path}, a {type(linear).__name__}; merge its adapter or dequantize it first"
+            )
     model = copy.deepcopy(model)
     with torch.no_grad():
         for site, gate in gates.items():
@@ -216,20 +242,32 @@ def conditioned(
 
     Raises:
         IdsMissing: from `encode`, or when backward recomputes a layer after the block was closed.
+        ConfigError: if another such block is open on the model.
     """
+    if _PAYLOAD in model.__dict__:
+        raise ConfigError(
+            "sinks are already attached to this model; close the open block first (in evaluation mode a training block "
+            "already runs with the pool off, or with the sinks of the call's ids)"
+        )
     state = Conditioning(len(layers))
+    parameters = inspect.signature(model.forward).parameters.values()
+    hands_down = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     def enter_model(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         kwargs = dict(kwargs)
         state._current = encode(kwargs.pop(key, None), module.training)
         for layer, slot in zip(layers, state._slots, strict=True):
             _keep_payload_in_checkpoints(layer, slot, state)
-        return args, {**kwargs, _PAYLOAD: state._current}
+        if hands_down:
+            kwargs[_PAYLOAD] = state._current
+        return args, kwargs
 
     def leave_model(*_: Any) -> None:
         state._current = None
 
     with ExitStack() as stack:
+        model.__dict__[_PAYLOAD] = True
+        stack.callback(model.__dict__.pop, _PAYLOAD)
         stack.callback(model.register_forward_pre_hook(enter_model, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(leave_model, always_call=True).remove)
         for layer, slot in zip(layers, state._slots, strict=True):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import index as as_index
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -67,7 +68,7 @@ class NeuronSet:
     def __post_init__(self) -> None:
         tidy: dict[Site, tuple[int, ...]] = {}
         for site in sorted(self.indices):
-            chosen = tuple(sorted(set(self.indices[site])))
+            chosen = tuple(sorted({as_index(number) for number in self.indices[site]}))
             if chosen and not (0 <= chosen[0] and chosen[-1] < site.width):
                 raise ConfigError(
                     f"neuron index out of range at {site.path}: got {chosen[0]}..{chosen[-1]}, "
@@ -76,6 +77,9 @@ class NeuronSet:
             if chosen:
                 tidy[site] = chosen
         object.__setattr__(self, "indices", MappingProxyType(tidy))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NeuronSet, (self.model_id, dict(self.indices))
 
     def __hash__(self) -> int:
         return hash((self.model_id, tuple(self.indices.items())))
@@ -113,7 +117,8 @@ class NeuronSet:
             site: tuple(operation(set(self.indices.get(site, ())), set(other.indices.get(site, ()))))
             for site in sites
         }
-        return NeuronSet(self.model_id, indices)
+        narrower = other.model_id if self.model_id.endswith("-*") else self.model_id
+        return NeuronSet(narrower, indices)
 
     def placebo(self, *, seed: int, outside: NeuronSet | None = None) -> NeuronSet:
         """Draw a random set of the same size at each site, the control that stands beside every result.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -222,16 +222,15 @@ def _state_tables(
     plan: SinkPlan, state: State, owners: Tensor, exclude: tuple[int, ...], rescale: Rescale
 ) -> list[Tensor]:
     tables = pool_gates(plan, owners, shared_scale=rescale_factor(plan, rescale))
-    if state == "all":
-        for number, place in enumerate(plan.sites):
-            active = plan.active_frac if plan.scheme == "published" else place.num_sinks / place.num_pool
-            tables[number] = tables[number].clone()
-            tables[number][:, place.num_shared :] = active
-    if exclude:
-        closed_ids = torch.tensor(exclude, dtype=torch.int64, device=owners.device)
-        for number, place in enumerate(plan.sites):
-            tables[number] = tables[number].clone()
-            tables[number][:, place.num_shared :][:, plan.mask(closed_ids, number).any(0)] = 0.0
+    closed_ids = torch.tensor(exclude, dtype=torch.int64, device=owners.device)
+    for number, place in enumerate(plan.sites):
+        if number and tables[number] is tables[0]:
+            continue
+        pool = tables[number][:, place.num_shared :]
+        if state == "all":
+            pool.copy_(plan.ownership_frac(number))
+        if exclude:
+            pool[:, plan.mask(closed_ids, number).any(0)] = 0.0
     return tables
 
 
@@ -252,7 +251,7 @@ def _attached(
         )
     layer_of = {mlp.site: number for number, mlp in enumerate(mlps)}
     # Recompiling for every new number of documents would cost more than the few index operations of a payload.
-    encode = torch.compiler.disable(encode)
+    encode = cast("Callable[[Tensor | None, bool], Gates | Rows]", torch.compiler.disable(encode))  # type: ignore[no-untyped-call]
     with conditioned(model, [mlp.layer for mlp in mlps], key=KEY, encode=encode) as conditioning:
         forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         inputs: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
@@ -268,4 +267,4 @@ def _attached(
 
 
 def _payload_of(conditioning: Conditioning, layer: int) -> Callable[[], Gates | Rows]:
-    return lambda: conditioning.payload(layer)  # type: ignore[no-any-return]
+    return lambda: conditioning.payload(layer)

@@ -17,6 +17,7 @@ Source: MemSinks, arXiv 2507.09937, section 4 (no rescaling in training); gather
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unmemorize.errors import ConfigError, IdError, ShapeMismatch
-from unmemorize.gates import apply_gate, is_transposed
+from unmemorize.gates import apply_gate, is_plain_linear, is_transposed
 from unmemorize.isolate.plan import SinkPlan
 from unmemorize.models.language import Mlp
 
@@ -41,14 +42,20 @@ class Gates:
 
     tables: Sequence[Tensor]
     index: Tensor | None
-    _expanded: dict[tuple[int, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+    _first: list[int] = field(init=False)
+    _expanded: dict[tuple[int, torch.dtype, torch.device], Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # The first site with the same table: a key that does not change from batch to batch, so that compiled code
+        # is not compiled again for each.
+        addresses = [id(table) for table in self.tables]
+        self._first = [addresses.index(address) for address in addresses]
 
     def gate(self, site: int, like: Tensor) -> Tensor:
         """Return the gate of a site in the dtype and device of `like`: (F,), (B, 1, F) or (B, T, F)."""
-        table = self.tables[site]
-        key = (id(table), like.dtype, like.device)
+        key = (self._first[site], like.dtype, like.device)
         if key not in self._expanded:
-            table = table.to(device=like.device, dtype=like.dtype)
+            table = self.tables[site].to(device=like.device, dtype=like.dtype)
             if self.index is None:
                 self._expanded[key] = table[0]
             else:
@@ -67,15 +74,18 @@ class Rows:
         slots: token number at each place of the (N, L) document layout, shape (N * L,), int64; None when every
             row of the batch is one document.
         places: inverse of `slots`: place of each token, shape (B * T,), int64; None likewise.
+        ids_shape: shape of the sink ids that this was made from, (B,) or (B, T).
     """
 
     sinks: Sequence[Tensor]
     present: Tensor
     slots: Tensor | None
     places: Tensor | None
+    ids_shape: tuple[int, ...]
 
     def by_document(self, tokens: Tensor) -> Tensor:
         """Lay tokens (..., D) out by document: (N, L, D); short documents are filled with other tokens."""
+        require_fit(self.ids_shape, tokens)
         flat = tokens.reshape(-1, tokens.shape[-1])
         if self.slots is not None:
             flat = flat.index_select(0, self.slots)
@@ -93,8 +103,8 @@ def check_ids(ids: Tensor) -> Tensor:
     """Check sink ids of shape (B,) or (B, T): int64, 0 (no id) or more.
 
     Raises:
-        IdError: if the dtype is narrower or a value negative.
-        ShapeMismatch: if the shape is another.
+        IdError: if the dtype is narrower, or a value is negative.
+        ShapeMismatch: if there are more or fewer dimensions.
     """
     if ids.dtype != torch.int64:
         raise IdError(
@@ -102,7 +112,23 @@ def check_ids(ids: Tensor) -> Tensor:
         )
     if ids.dim() not in (1, 2):
         raise ShapeMismatch(f"sink_ids have shape {tuple(ids.shape)}, expected (batch,) or (batch, tokens)")
+    if ids.numel() and int(ids.min()) < 0:
+        raise IdError(f"sink id {int(ids.min())} is out of range, expected 0 (no id) to 2**63 - 1")
     return ids
+
+
+def require_fit(ids_shape: tuple[int, ...], tokens: Tensor) -> None:
+    """Raise `ShapeMismatch` unless ids of a shape, (B,) or (B, T), fit tokens of shape (B, T, D) or (B * T, D)."""
+    lead = tokens.shape[:-1]
+    if ids_shape == (1,) or ids_shape == lead[: len(ids_shape)]:
+        return
+    if len(lead) == 1 and (
+        lead[0] == math.prod(ids_shape) or len(ids_shape) == 1 and lead[0] % ids_shape[0] == 0
+    ):
+        return
+    raise ShapeMismatch(
+        f"sink ids of shape {ids_shape} do not fit tokens of shape {tuple(lead)}; pass one id a row or a token"
+    )
 
 
 def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,16 +150,23 @@ def pool_gates(plan: SinkPlan, owners: Tensor, *, shared_scale: float = 1.0) -> 
     Returns:
         Per site shape (N, F), float32; the same tensor object for all sites of a uniform plan.
     """
-    present = (owners > 0)[:, None]
-    tables: list[Tensor] = []
-    for number, place in enumerate(plan.sites):
-        if tables and plan.is_uniform and place.site.width == tables[0].shape[1]:
-            tables.append(tables[0])
-            continue
-        pool = (plan.mask(owners.clamp(min=1), number) & present).to(torch.float32)
-        shared = torch.full((len(owners), place.num_shared), shared_scale, device=owners.device)
-        tables.append(torch.cat([shared, pool], dim=1))
-    return tables
+    present = owners > 0
+
+    def table(number: int) -> Tensor:
+        place = plan.sites[number]
+        gates = torch.zeros(len(owners), place.site.width, dtype=torch.float32, device=owners.device)
+        gates[:, : place.num_shared] = shared_scale
+        gates[present, place.num_shared :] = plan.mask(owners[present], number).to(torch.float32)
+        return gates
+
+    return _per_site(plan, table)
+
+
+def _per_site(plan: SinkPlan, make: Callable[[int], Tensor]) -> list[Tensor]:
+    """Make a tensor for every site; sites that are alike get the same one."""
+    first = make(0)
+    is_alike = plan.is_uniform and len({place.site.width for place in plan.sites}) == 1
+    return [first if is_alike or number == 0 else make(number) for number in range(len(plan.sites))]
 
 
 def masked_payload(plan: SinkPlan, ids: Tensor) -> Gates:
@@ -151,14 +184,21 @@ def gathered_payload(plan: SinkPlan, ids: Tensor) -> Rows:
     if not plan.has_exact_count:
         raise ConfigError("the published scheme has no fixed number of sinks per id; use compute='masked'")
     owners, index = distinct(check_ids(ids))
-    safe = owners.clamp(min=1)
-    first = plan.sinks(safe, 0)
-    sinks = [first if plan.is_uniform else plan.sinks(safe, number) for number in range(len(plan.sites))]
-    present = (owners > 0).to(torch.float32).view(-1, 1, 1)
+    present = owners > 0
+
+    def owned(number: int) -> Tensor:
+        sinks = torch.zeros(
+            len(owners), plan.sites[number].num_sinks, dtype=torch.int64, device=owners.device
+        )
+        sinks[present] = plan.sinks(owners[present], number)
+        return sinks
+
+    sinks = _per_site(plan, owned)
+    is_present = present.to(torch.float32).view(-1, 1, 1)
     if index.dim() == 1:
-        return Rows(sinks, present, None, None)
+        return Rows(sinks, is_present, None, None, tuple(ids.shape))
     slots, places = _layout(index.reshape(-1), len(owners))
-    return Rows(sinks, present, slots, places)
+    return Rows(sinks, is_present, slots, places, tuple(ids.shape))
 
 
 def _layout(index: Tensor, num_documents: int) -> tuple[Tensor, Tensor]:
@@ -182,6 +222,8 @@ def masked_input(payload_of: Callable[[], Gates | Rows], site: int) -> Callable[
     def change(hidden: Tensor) -> Tensor:
         gates = payload_of()
         assert isinstance(gates, Gates)
+        if gates.index is not None:
+            require_fit(tuple(gates.index.shape), hidden)
         return apply_gate(hidden, gates.gate(site, hidden))
 
     return change
@@ -198,7 +240,16 @@ def gathered_forwards(
         site: position of the site in the plan.
         payload_of: returns the payload of the current micro-batch; given gates instead of rows (evaluation without
             ids), the projections compute all neurons and the gates close the pool.
+
+    Raises:
+        ConfigError: if a projection is not a plain linear layer, so that replacing it would bypass what it adds.
     """
+    for linear in (*mlp.up, mlp.down):
+        if not is_plain_linear(linear):
+            raise ConfigError(
+                f"a projection of {mlp.site.path} is a {type(linear).__name__}, which gathering would bypass; "
+                "use compute='masked'"
+            )
     width = mlp.site.width
     starts = (0, width) if mlp.is_fused else (0,)
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
@@ -232,7 +283,8 @@ def _gathered_up(
             parts.append(functional.linear(tokens, weight[kept], None if bias is None else bias[kept]))
             owned = torch.bmm(documents, _pick(weight[pool], rows.sinks[site]).transpose(1, 2))
             if bias is not None:
-                owned = owned + bias[pool][rows.sinks[site]].unsqueeze(1)
+                # Autocast hands out products in half precision but leaves the bias alone; the sum must not promote.
+                owned = owned + bias[pool][rows.sinks[site]].unsqueeze(1).to(owned.dtype)
             parts.append(rows.by_token(owned, tokens))
         return torch.cat(parts, dim=-1)
 

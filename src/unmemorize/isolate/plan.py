@@ -80,6 +80,8 @@ class SinkSettings:
             raise ConfigError(f"active_frac is {self.active_frac}, expected above 0 and at most 1")
         if self.sinks_per_id is not None and self.sinks_per_id < 1:
             raise ConfigError(f"sinks_per_id is {self.sinks_per_id}, expected 1 or more")
+        if self.id_bits not in (32, 64):
+            raise ConfigError(f"id_bits is {self.id_bits}, expected 32 or 64")
         if self.scheme == "published" and (self.active_frac is None or self.per_layer):
             raise ConfigError(
                 "the published scheme draws each sink with active_frac, alike in all layers; "
@@ -143,6 +145,13 @@ class SinkPlan:
     def __post_init__(self) -> None:
         if not self.sites:
             raise ConfigError("a plan needs at least one site; choose layers that exist")
+        if self.sources and self.scheme != "disjoint":
+            raise ConfigError(
+                f"a {self.scheme} plan registers no sources; every id owns sinks, use scheme disjoint"
+            )
+        for source in self.sources:
+            if not 1 <= source <= ID_MAX:
+                raise IdError(f"source id {source} is out of range, expected 1 to 2**63 - 1")
         if len(set(self.sources)) != len(self.sources):
             raise IdError("a source is registered twice; every id may appear once")
         for place in self.sites:
@@ -174,6 +183,8 @@ class SinkPlan:
 
         Raises:
             PoolExhausted: if the pool has no slices left for them.
+            IdError: if an id is out of range or named twice.
+            ConfigError: if the plan's scheme is another.
         """
         return replace(self, sources=self.sources + tuple(i for i in ids if i not in set(self.sources)))
 
@@ -215,6 +226,16 @@ class SinkPlan:
             return published_mask(ids, place.num_pool, self.active_frac, id_bits=self.id_bits)
         mask = torch.zeros(len(ids), place.num_pool, dtype=torch.bool, device=ids.device)
         return mask.scatter_(1, self.sinks(ids, site), True)
+
+    def ownership_frac(self, site: int = 0) -> Tensor:
+        """Return the share of ids that own each sink of a site: shape (num_pool,), float32, 0..1."""
+        place = self.sites[site]
+        if self.scheme == "disjoint" and self.sources:
+            return self.mask(torch.tensor(self.sources, dtype=torch.int64), site).float().mean(0)
+        if self.scheme == "published":
+            assert self.active_frac is not None
+            return torch.full((place.num_pool,), self.active_frac)
+        return torch.full((place.num_pool,), place.num_sinks / place.num_pool)
 
     def neurons_for(self, ids: int | list[int]) -> NeuronSet:
         """Return all sinks that one id, or any of several ids, owns."""
@@ -274,7 +295,7 @@ class SinkPlan:
         order = registered.argsort()
         ranked = registered[order]
         place = torch.searchsorted(ranked, ids).clamp(max=max(len(ranked) - 1, 0))
-        if not len(ranked) or not torch.equal(ranked[place], ids):
+        if len(ids) and (not len(ranked) or not torch.equal(ranked[place], ids)):
             unknown = [i for i in ids.tolist() if i not in set(self.sources)][:3]
             raise IdError(
                 f"ids {unknown} are not registered in this disjoint plan; register them with with_sources"
@@ -319,7 +340,7 @@ def make_plan(
         seed=settings.seed,
         sites=tuple(places),
         per_layer=settings.per_layer,
-        active_frac=settings.active_frac,
+        active_frac=None if settings.active_frac is None else float(settings.active_frac),
         id_bits=settings.id_bits,
         allow_degenerate=settings.allow_degenerate,
     )

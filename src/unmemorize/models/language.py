@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -273,11 +273,17 @@ def resized(
         axis = 0 if is_transposed(mlp.down) else 1
         weights[f"{mlp.site.path}.weight"] = _select(weights[f"{mlp.site.path}.weight"], chosen, axis)
     with torch.random.fork_rng(devices=[]):
-        smaller = type(model)(config)
+        smaller = cast("Any", type(model))(config)
     smaller.to(dtype=model.dtype, device=model.device)
     smaller.load_state_dict(weights)
+    for (
+        name,
+        buffer,
+    ) in model.named_buffers():  # position tables are not in the state dict and keep their own dtype
+        owner, _, leaf = name.rpartition(".")
+        module_at(smaller, owner)._buffers[leaf] = buffer.clone()
     smaller.generation_config = copy.deepcopy(model.generation_config)
-    return smaller.train(model.training)
+    return cast("PreTrainedModel", smaller.train(model.training))
 
 
 def _select(tensor: Tensor, chosen: Tensor, axis: int) -> Tensor:

@@ -1,0 +1,289 @@
+"""The command line: verb → function. The only file that prints.
+
+A verb is a function that returns an `Answer`: what it did as data (for `--json`) and as lines for a person. Around
+every verb stands the same frame, which adds `--json` and `--debug`, shows progress on stderr, and turns each outcome
+into an exit code:
+
+    0    done
+    1    done, and an audit missed the bar it was given
+    2    a mistake that the library explains, in one line on stderr
+    3    a defect of ours, with its traceback
+    130  interrupted
+
+Heavy libraries are imported inside the verbs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from unmemorize.corpus import IdKind
+from unmemorize.errors import UnmemorizeError
+
+if TYPE_CHECKING:
+    from unmemorize.records import Progress
+
+_TEXT_INTERVAL_S = 30.0
+_LINE_INTERVAL_S = 0.1
+_FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a verb did.
+
+    Attributes:
+        data: the same for programs; whatever `json` can store.
+        lines: the same for a person; the last line is the one worth copying.
+        exit_code: 0, or 1 if an audit missed its bar.
+    """
+
+    data: dict[str, Any]
+    lines: list[str] = field(default_factory=list)
+    exit_code: int = 0
+
+
+class ProgressPrinter:
+    """Shows `Progress`: one moving line on a terminal, a plain line now and then elsewhere.
+
+    Args:
+        stream: where to write.
+        now: clock, in seconds.
+        is_silent: show nothing.
+    """
+
+    def __init__(
+        self, stream: TextIO, now: Callable[[], float] = time.monotonic, *, is_silent: bool = False
+    ) -> None:
+        self._is_silent = is_silent
+        self._stream = stream
+        self._now = now
+        self._is_terminal = stream.isatty()
+        self._stage = ""
+        self._shown_s = -float("inf")
+        self._is_line_open = False
+
+    def __call__(self, progress: Progress) -> None:
+        """Show a step, unless the last one was shown a moment ago; a stage's first and last steps always are."""
+        is_new = progress.stage != self._stage
+        is_last = progress.done >= progress.total
+        interval_s = _LINE_INTERVAL_S if self._is_terminal else _TEXT_INTERVAL_S
+        is_recent = self._now() - self._shown_s < interval_s
+        if self._is_silent or (is_recent and not is_new and not is_last):
+            return
+        if is_new:
+            self.close()
+        self._stage, self._shown_s = progress.stage, self._now()
+        line = _progress_line(progress)
+        if self._is_terminal:
+            width = _terminal_columns(self._stream)
+            self._write(f"\r\x1b[K{line[: width - 1]}")
+            self._is_line_open = True
+        else:
+            self._write(line + "\n")
+
+    def close(self) -> None:
+        """End the moving line, so that what follows starts on a new one."""
+        if self._is_line_open:
+            self._write("\n")
+        self._is_line_open = False
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def _progress_line(progress: Progress) -> str:
+    count = f"{progress.done:,}/{progress.total:,}" if progress.total else f"{progress.done:,}"
+    parts = [progress.stage, f"{count} {progress.unit}".rstrip(), progress.message]
+    return "  ".join(part for part in parts if part)
+
+
+def _terminal_columns(stream: TextIO) -> int:
+    try:
+        return max(20, os.get_terminal_size(stream.fileno()).columns)
+    except (OSError, ValueError):
+        return 80
+
+
+def ids(
+    progress: ProgressPrinter,
+    corpus: Annotated[
+        str, typer.Argument(help="A .jsonl, .txt or .parquet file, or python-docs.", metavar="CORPUS")
+    ],
+    kind: Annotated[IdKind, typer.Option("--ids", help="What makes two documents the same.")] = "content",
+    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    source_column: Annotated[str | None, typer.Option(help="Column that names the source.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Read at most this many documents.")] = None,
+) -> Answer:
+    """Print the id of every document: row, id and source, separated by tabs."""
+    from unmemorize.corpus import read_corpus
+
+    documents = read_corpus(
+        corpus, text_column=text_column, source_column=source_column, ids=kind, limit=limit
+    )
+    rows = [{"row": d.row, "id": d.id, "source": d.source} for d in documents]
+    num_ids = len({d.id for d in documents})
+    return Answer(
+        data={"num_documents": len(rows), "num_ids": num_ids, "documents": rows},
+        lines=[f"{d.row}\t{d.id}\t{d.source}" for d in documents],
+    )
+
+
+def report(
+    progress: ProgressPrinter,
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.", metavar="RUN...")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; report.html in the first run folder by default.")
+    ] = None,
+) -> Answer:
+    """Make one self-contained HTML file from run folders."""
+    from unmemorize.report import write_report
+
+    path = write_report(runs, output)
+    return Answer(data={"report": str(path)}, lines=[str(path)])
+
+
+VERBS: dict[str, Callable[..., Answer]] = {
+    "ids": ids,
+    "report": report,
+}
+
+
+def _framed(verb: Callable[..., Answer]) -> Callable[..., None]:
+    """Give a verb its frame: progress, `--json`, `--debug`, exit codes."""
+
+    @functools.wraps(verb)
+    def framed(*, as_json: bool, debug: bool, **arguments: Any) -> None:
+        raise typer.Exit(_run(functools.partial(verb, **arguments), as_json=as_json, debug=debug))
+
+    signature = inspect.signature(verb, eval_str=True)
+    json_flag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+    debug_flag = Annotated[bool, typer.Option("--debug", help="Show the traceback of a mistake.")]
+    parameters = [p for p in signature.parameters.values() if p.name != "progress"]
+    for name, annotation in (("as_json", json_flag), ("debug", debug_flag)):
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, kind, default=False, annotation=annotation))
+    framed.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
+    framed.__annotations__ = {p.name: p.annotation for p in parameters}
+    del framed.__wrapped__
+    return framed
+
+
+def _run(verb: Callable[..., Answer], *, as_json: bool, debug: bool) -> int:
+    progress = ProgressPrinter(sys.stderr, is_silent=not _is_first_process())
+    try:
+        answer = verb(progress)
+    except KeyboardInterrupt:
+        progress.close()
+        return _interrupted()
+    except Exception as error:
+        progress.close()
+        message = _explained(error)
+        if message is None:
+            traceback.print_exc()
+            return 3
+        if debug:
+            traceback.print_exc()
+        return _refused(message)
+    progress.close()
+    if _is_first_process():
+        _show(json.dumps(answer.data, ensure_ascii=False, indent=2) if as_json else "\n".join(answer.lines))
+    return answer.exit_code
+
+
+def _is_first_process() -> bool:
+    """Tell whether this is the process that speaks, under launchers that start one for each device."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # The reader has left (for example `head`); keep the interpreter's flush at exit from complaining.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explained(error: Exception) -> str | None:
+    """Return the one line that explains a mistake, or None if the error is a defect."""
+    if isinstance(error, UnmemorizeError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _FULL_OR_FORBIDDEN:
+        place = error.filename or "a file"
+        return f"cannot write or read {place}: {error.strerror}; free space or choose another folder"
+    return None
+
+
+def _refused(message: str) -> int:
+    print(f"unmemorize: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _interrupted() -> int:
+    print("interrupted; run the same command again to continue", file=sys.stderr)
+    return 130
+
+
+def _version(is_wanted: bool) -> None:
+    if is_wanted:
+        from importlib.metadata import version
+
+        print(version("unmemorize"))
+        raise typer.Exit(0)
+
+
+def application() -> typer.Typer:
+    """Build the command line from `VERBS`."""
+    app = typer.Typer(
+        name="unmemorize",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        ] = False,
+    ) -> None:
+        """Find, isolate and remove what a model has memorized, and prove it."""
+
+    for name, verb in VERBS.items():
+        app.command(name)(_framed(verb))
+    return app
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: words after the program's name; those of the process if None.
+    """
+    words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        return int(application()(words, prog_name="unmemorize", standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "unmemorize"
+        return _refused(f"{error.format_message().rstrip('.')}; see {command} --help")
+    except (typer.Abort, KeyboardInterrupt):
+        return _interrupted()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""What a report says in words and numbers about one run: headline figures, what was done, every section.
+
+Words come from the audit where it has them; the sentences here only name sizes found in its settings.
+The headline method is the one named by `settings["headline_method"]`, else the first with sinks, else the
+first that is neither standard training nor a cap on repeats. Source: ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from unmemorize.records import Audit, MethodResult
+from unmemorize.report import curves, frontier, points
+from unmemorize.report.documents import Example, documents_table, examples
+from unmemorize.report.measures import Cell
+from unmemorize.report.methods import headline_cell, methods_table
+from unmemorize.report.states import extraction_table, states_table
+from unmemorize.report.tables import Table, count_text, flatten, settings_table, time_text
+
+MAX_EMBEDDED_BYTES = 4_000_000
+EARLY_FRAC = 0.06  # the steep beginning of training may leave the panels at the top
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One large number with the sentence that explains it."""
+
+    cell: Cell
+    title: str
+    explanation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One figure of standard training and of the headline method."""
+
+    name: str
+    before: Cell
+    after: Cell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """A learning-curve picture with its heading."""
+
+    title: str
+    picture: Markup
+    is_headline: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run as the template sees it."""
+
+    ident: str
+    letter: str
+    title: str
+    verdict: str
+    headline: str
+    figures: tuple[Figure, ...]
+    changes: tuple[Change, ...]
+    done: tuple[str, ...]
+    frontier: tuple[Markup, ...]
+    panels: tuple[Panel, ...]
+    methods: Table
+    states: Table | None
+    extraction: Table | None
+    extraction_others: Table | None
+    documents: Table | None
+    examples: tuple[Example, ...]
+    settings: Table
+    environment: Table
+    limits: tuple[str, ...]
+    audit_json: str
+
+
+def headline_method(audit: Audit) -> MethodResult | None:
+    """The method whose figures head the report; None for an audit without methods."""
+    by_name = {result.method: result for result in audit.methods}
+    named = audit.settings.get("headline_method")
+    if isinstance(named, str) and named in by_name:
+        return by_name[named]
+    rivals = [result for result in audit.methods if points.repeats_of(result.method) is None]
+    sinks = [result for result in rivals if result.method.partition(":")[0] == "sinks"]
+    return next(iter(sinks or rivals or audit.methods), None)
+
+
+def run_of(audit: Audit, config: Mapping[str, Any] | None, index: int, num_runs: int) -> Run:
+    """Everything the template shows of one run.
+
+    Args:
+        audit: the audit.
+        config: the run's `config.json`, or None.
+        index: place of the run in the report, from 0.
+        num_runs: number of runs in the report.
+    """
+    result = headline_method(audit)
+    headline = result.method if result else ""
+    ident = f"r{index + 1}"
+    groups = ["target"] if _has_group(audit, "target") else ["neighbour", "heldout", "ordinary"]
+    others = [name for name in ("neighbour", "heldout", "ordinary") if name not in groups]
+    return Run(
+        ident=ident,
+        letter=points.run_letter(index) if num_runs > 1 else "",
+        title=audit.title,
+        verdict=audit.verdict,
+        headline=(result.label or result.method) if result else "",
+        figures=_figures(audit, result),
+        changes=_changes(audit, result),
+        done=_done(audit),
+        frontier=frontier_pictures([audit], f"{ident}-frontier"),
+        panels=_panels(audit, headline, ident),
+        methods=methods_table(audit, headline, f"{ident}-methods"),
+        states=states_table(audit, headline, f"{ident}-states"),
+        extraction=extraction_table(
+            audit, headline, f"{ident}-extraction", groups, "Verbatim extraction of target texts"
+        ),
+        extraction_others=extraction_table(
+            audit, headline, f"{ident}-extraction-others", others, "Verbatim extraction of the other groups"
+        )
+        if others
+        else None,
+        documents=documents_table(audit, headline, f"{ident}-documents"),
+        examples=tuple(examples(audit, headline)),
+        settings=settings_table(_all_settings(audit, config), f"{ident}-settings", "Settings"),
+        environment=settings_table(flatten(audit.environment), f"{ident}-versions", "Versions and machine"),
+        limits=tuple(audit.limits),
+        audit_json=_embedded(audit),
+    )
+
+
+def _has_group(audit: Audit, group: str) -> bool:
+    return any(
+        one.group == group
+        for result in audit.methods
+        for seed in result.seeds
+        for state in seed.states
+        for one in state.groups
+    )
+
+
+def _figures(audit: Audit, result: MethodResult | None) -> tuple[Figure, ...]:
+    """The two large numbers; a model looked at alone has no rival to be measured against."""
+    if result is None:
+        return ()
+    wanted: list[tuple[str, str, str]] = [
+        (
+            "gap_closed_frac",
+            "of the memorization gap closed",
+            "How much of the head start that standard training has on repeated text over new text is gone.",
+        ),
+        (
+            "repetition_benefit_kept_frac",
+            "of the benefit of repetition kept",
+            "How much of what seeing text repeatedly teaches the model about new text is still there.",
+        ),
+    ]
+    if audit.kind == "model":
+        wanted = [
+            (
+                "extraction_rate_frac",
+                "of target texts extracted",
+                "Share of target texts that the model continues word for word.",
+            ),
+            (
+                "repeated_loss_nats",
+                "nats, loss on target texts",
+                "The lower this is against the validation loss, the more is memorized.",
+            ),
+        ]
+    return tuple(
+        Figure(cell=headline_cell(result, field), title=title, explanation=explanation)
+        for field, title, explanation in wanted
+    )
+
+
+def _changes(audit: Audit, result: MethodResult | None) -> tuple[Change, ...]:
+    standard = next((one for one in audit.methods if one.method == "standard"), None)
+    if result is None or standard is None or standard is result:
+        return ()
+    wanted = (
+        ("repeated_loss_nats", "Loss on repeated text"),
+        ("validation_loss_nats", "Validation loss"),
+        ("extraction_rate_frac", "Texts extracted word for word"),
+    )
+    changes = [
+        Change(name=name, before=headline_cell(standard, field), after=headline_cell(result, field))
+        for field, name in wanted
+    ]
+    return tuple(change for change in changes if not (change.before.is_refused or change.after.is_refused))
+
+
+def _done(audit: Audit) -> tuple[str, ...]:
+    """What was done, in plain words, as far as the settings tell."""
+    seeds = [seed for result in audit.methods for seed in result.seeds]
+    sizes = sorted({seed.num_parameters for seed in seeds if seed.num_parameters})
+    model = f" of {count_text(sizes[-1])} parameters" if sizes else ""
+    sentences = []
+    if audit.kind == "training":
+        names = [result.label or result.method for result in audit.methods]
+        kept = sum(seed.train_s for seed in seeds)
+        per_method = sorted({len(result.seeds) for result in audit.methods})
+        count = (
+            " to ".join(str(number) for number in dict.fromkeys((per_method[0], per_method[-1])))
+            if names
+            else "0"
+        )
+        sentences.append(_data_sentence(audit))
+        sentences.append(
+            f"{len(seeds)} model{'s' if len(seeds) != 1 else ''}{model} learned from it: "
+            f"{len(names)} method{'s' if len(names) != 1 else ''} ({', '.join(names)}), "
+            f"{count} seed{'s' if count != '1' else ''} each"
+            + (f", {time_text(kept)} of training in all." if kept else ".")
+        )
+    elif seeds:
+        names = [result.label or result.method for result in audit.methods]
+        sentences.append(f"One look at {', '.join(names)}{', a model' + model if model else ''}.")
+    sentences.append(
+        "Every figure is for the state a model would be shipped in, unless a table names another."
+    )
+    return tuple(sentence for sentence in sentences if sentence)
+
+
+def _data_sentence(audit: Audit) -> str:
+    found = {name: _find(audit.settings, name) for name in _DATA_WORDS}
+    parts = [
+        words.format(found[name], found.get("repeats")) for name, words in _DATA_WORDS.items() if found[name]
+    ]
+    if not found["repeats"]:
+        parts = [part for part in parts if "None" not in part]
+    if not parts:
+        return ""
+    corpus = found["corpus"] or "one corpus"
+    return f"Text from {corpus}: {', '.join(part for part in parts if part)}."
+
+
+_DATA_WORDS = {
+    "corpus": "",
+    "repeats": "",
+    "num_repeated": "{0:,} documents repeated {1:,} times",
+    "num_once": "{0:,} seen once",
+    "num_validation": "{0:,} held back for validation",
+}
+
+
+def _find(settings: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401 - settings hold any JSON value
+    """The first setting of this name, at any depth, if it has the kind of value that is expected."""
+    for key, value in settings.items():
+        if key == name and isinstance(value, str if name == "corpus" else int):
+            return value
+        if isinstance(value, Mapping) and (found := _find(value, name)) is not None:
+            return found
+    return None
+
+
+def frontier_pictures(audits: list[Audit], ident: str) -> tuple[Markup, ...]:
+    """The frontier for wide and for narrow screens; empty when fewer than two methods can be placed."""
+    placed: list[points.Point] = []
+    for run, audit in enumerate(audits):
+        result = headline_method(audit)
+        placed += points.frontier_points(audit, run, result.method if result else "")
+    if len(placed) < 2:
+        return ()
+    description = "; ".join(point.words for point in placed)
+    return tuple(
+        frontier.frontier(placed, layout, ident=f"{ident}-{place}", description=description)
+        for place, layout in enumerate((frontier.WIDE, frontier.NARROW))
+    )
+
+
+def _panels(audit: Audit, headline: str, ident: str) -> tuple[Panel, ...]:
+    drawn = [result for result in audit.methods if curves.curves_of(result).everything]
+    everything = [point for result in drawn for point in curves.curves_of(result).everything]
+    if not everything or len({step for step, _ in everything}) < 2:
+        return ()
+    steps = (0.0, max(step for step, _ in everything))
+    late = [loss for step, loss in everything if step >= EARLY_FRAC * steps[1]]
+    pad = 0.04 * (max(late) - min(late)) or 0.1
+    losses = (max(0.0, min(late) - pad), max(late) + pad)
+    return tuple(
+        Panel(
+            title=result.label or result.method,
+            picture=curves.learning_panel(result, steps=steps, losses=losses, ident=f"{ident}-curve{place}"),
+            is_headline=result.method == headline,
+        )
+        for place, result in enumerate(drawn)
+    )
+
+
+def _all_settings(audit: Audit, config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    pairs = flatten(audit.settings)
+    known = set(pairs)
+    return pairs + [
+        (f"config.{name}", value) for name, value in flatten(config or {}) if (name, value) not in known
+    ]
+
+
+def _embedded(audit: Audit) -> str:
+    """The whole audit for the download button, or nothing when it would bloat the page."""
+    text = json.dumps(audit.model_dump(mode="json"), ensure_ascii=True, separators=(",", ":"))
+    return text.replace("<", "\\u003c") if len(text) <= MAX_EMBEDDED_BYTES else ""
