@@ -353,7 +353,7 @@ def _released(prompt: str, passes: Passes, candidates: _Candidates, settings: Ne
     def first_effect(entries: Entries) -> tuple[float, ...]:
         if is_compat:  # the released code reads activations in a pass of its own, for every set
             passes.cost.denoiser_calls += 1
-            passes.cost.sample_forwards += passes.call.rows
+            passes.cost.sample_forwards += 1
             if not settings.is_reusing:
                 passes.discard([(0, frozenset())])
         return effect(entries)

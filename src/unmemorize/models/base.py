@@ -1,4 +1,4 @@
-"""What the families' model files share: names of models, and the self-check that proves a site table right.
+"""What the families' model files share: names of models, the self-check of a site table, and quiet loading.
 
 A model's name is its architecture with the widths of its sites ("language/llama-1a2b3c4d-*", valid for any weights)
 or, with a digest of the weights in place of the star, exactly one checkpoint. Nothing here knows an architecture.
@@ -7,7 +7,8 @@ or, with a digest of the weights in place of the star, exactly one checkpoint. N
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -96,3 +97,19 @@ def gate_checks(
         CheckResult("gate equals fold", difference <= allowed, f"{difference:.3g} <= {allowed:.3g}")
     )
     return results
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and load reports for a while; its settings are restored."""
+    from transformers.utils import logging
+
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()

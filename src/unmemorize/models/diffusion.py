@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from unmemorize.errors import ModelNotSupported, SelfCheckFailed, SitesNotFound, missing_extra
 from unmemorize.gates import module_at, site_width
-from unmemorize.models.base import CheckResult, fingerprint_of, gate_checks, require_match, signature_of
+from unmemorize.models.base import (
+    CheckResult,
+    fingerprint_of,
+    gate_checks,
+    quiet_transformers,
+    require_match,
+    signature_of,
+)
 from unmemorize.models.denoising import denoiser_of, encoded, record
 from unmemorize.neurons import NeuronSet, Site
 
@@ -326,8 +333,6 @@ def text_values(
 def quiet_diffusers() -> Iterator[None]:
     """Silence the progress bars and notes of diffusers and transformers; their settings are restored."""
     from diffusers.utils import logging
-
-    from unmemorize.models.language import quiet_transformers
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -11,8 +11,7 @@ zeros changes something, and a folded gate equals the gate at run time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +21,14 @@ from torch import Tensor, nn
 
 from unmemorize.errors import ConfigError, ModelNotSupported, SelfCheckFailed, SitesNotFound
 from unmemorize.gates import is_transposed, module_at, site_width
-from unmemorize.models.base import CheckResult, fingerprint_of, gate_checks, require_match, signature_of
+from unmemorize.models.base import (
+    CheckResult,
+    fingerprint_of,
+    gate_checks,
+    quiet_transformers,
+    require_match,
+    signature_of,
+)
 from unmemorize.neurons import NeuronSet, Site
 
 if TYPE_CHECKING:
@@ -294,19 +300,3 @@ def _select(tensor: Tensor, chosen: Tensor, axis: int) -> Tensor:
         .masked_fill_((chosen < 0).view(-1, *[1] * (tensor.dim() - 1)), 0)
         .movedim(0, axis)
     )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and load reports for a while; its settings are restored."""
-    from transformers.utils import logging
-
-    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if had_bars:
-            logging.enable_progress_bar()
