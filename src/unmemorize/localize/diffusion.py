@@ -5,223 +5,50 @@ closing them makes the prediction leave that picture. Three modes: "compat" give
 included; "paper" follows the paper's text where the code differs; "fast" (the default) asks the same question with the
 same scores on fewer samples, and searches by bisection. docs/nemo.md lists the differences.
 
-The mathematics is in `scores.py` and `search.py`. `Passes` is the only place where passes are made and counted.
+The mathematics is in `scores.py` and `search.py`; `passes.py` is the only place where passes are made and counted.
 
 Source: Hintersdorf et al. 2024, Finding NeMo.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from unmemorize.errors import ConfigError, DataError, NeuronSetMismatch
-from unmemorize.gates import capture
+from unmemorize.errors import DataError, NeuronSetMismatch
+from unmemorize.localize.activations import activations_of
+from unmemorize.localize.passes import NemoSettings, Passes, first_step
+from unmemorize.localize.results import PromptResult, add_result, finish_folder, start_folder
 from unmemorize.localize.scores import (
     ActivationStatistics,
     best_match,
-    load_statistics,
     map_similarity,
-    mean_absolute,
     pair_similarities,
-    scaled_maps,
     z_scores,
 )
 from unmemorize.localize.search import (
     Entries,
     Neuron,
-    SearchSettings,
-    Trial,
     candidate_sets,
     importance_order,
     refine,
     select,
     smallest,
 )
-from unmemorize.models.denoising import DenoiserCall, denoiser_of, record
-from unmemorize.models.diffusion import DenoiserRow, find_sites, fingerprint, row_for, signature, text_values
-from unmemorize.neurons import NeuronSet, Site, same_model
+from unmemorize.models.denoising import Pipeline
+from unmemorize.models.diffusion import DenoiserRow, Kind, find_sites, fingerprint, row_for, signature
+from unmemorize.neurons import same_model
 from unmemorize.records import Progress, ProgressCallback
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-Mode = Literal["compat", "paper", "fast"]
-Positions = Literal["all", "start", "words", "end", "padding"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NemoSettings:
-    """How a prompt's neurons are looked for.
-
-    Attributes:
-        mode: "compat", "paper" or "fast".
-        search: thresholds and candidate schedule.
-        num_samples: samples per prompt; by default 10, in fast mode 4.
-        seed: compat and fast draw all latents at once from it; paper takes seed, seed + 1, … one per sample.
-        num_steps: length of the sampling schedule, in steps.
-        guidance: guidance scale of the passes, unitless; 0 for none.
-        gate_samples: fast mode's first look, in samples: a prompt whose best pair stays below `clear_frac` of the gate
-            threshold is cleared after it. LIMIT: a prompt that copies in few of its samples can pass unseen.
-        clear_frac: see `gate_samples`; 0..1.
-        is_reusing: whether compat looks up passes that the released code repeats, and leaves out the pass it discards.
-        batch_size: samples per denoiser pass; halved when memory runs out.
-    """
-
-    mode: Mode = "fast"
-    search: SearchSettings = field(default_factory=SearchSettings)
-    num_samples: int | None = None
-    seed: int = 1
-    num_steps: int = 50
-    guidance: float = 0.0
-    gate_samples: int = 2
-    clear_frac: float = 0.5
-    is_reusing: bool = True
-    batch_size: int = 10
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("compat", "paper", "fast"):
-            raise ConfigError(f"unknown mode {self.mode!r}; expected compat, paper or fast")
-        if min(self.samples, self.gate_samples) < 2 or self.num_steps < 2 or self.batch_size < 1:
-            raise ConfigError(
-                f"num_samples {self.samples}, gate_samples {self.gate_samples}, num_steps {self.num_steps}, batch_size "
-                f"{self.batch_size}; samples are compared in pairs, so expected 2, 2, 2 and 1 or more"
-            )
-
-    @property
-    def samples(self) -> int:
-        """Samples per prompt."""
-        return self.num_samples or (4 if self.mode == "fast" else 10)
-
-
-@dataclass(slots=True)
-class Cost:
-    """What was spent on a prompt.
-
-    Attributes:
-        sample_forwards: denoiser passes times samples that the method asks for (twice that with guidance).
-        denoiser_calls: passes that it asks for, each of any number of samples.
-        sample_forwards_run: those that were computed and not looked up.
-        seconds: wall time, in seconds.
-    """
-
-    sample_forwards: int = 0
-    denoiser_calls: int = 0
-    sample_forwards_run: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptResult:
-    """What was found for one prompt.
-
-    Attributes:
-        prompt: the prompt.
-        is_memorized: whether any sample passed the gate.
-        best_pair: largest similarity between two samples, unitless.
-        kept: samples that passed the gate.
-        initial: entries that broke the memory first, by site (copies included in compat mode).
-        initial_score: largest score with them off, unitless.
-        refined: entries that are left, by site.
-        refined_score: largest score with them off, unitless.
-        refined_scores: the same per kept sample.
-        threshold: the threshold that refinement used, unitless.
-        is_replaced: whether no candidate set reached the threshold, so that the score reached took its place.
-        cost: what it took.
-        pairs: similarities between samples, in order of the pairs.
-        selection: compat and paper: every candidate set tried.
-        layer_trials: compat and paper: layers left out.
-        neuron_trials: compat and paper: entries left out.
-    """
-
-    prompt: str
-    is_memorized: bool
-    best_pair: float
-    kept: tuple[int, ...] = ()
-    initial: Entries = ()
-    initial_score: float = 0.0
-    refined: Entries = ()
-    refined_score: float = 0.0
-    refined_scores: tuple[float, ...] = ()
-    threshold: float = 0.0
-    is_replaced: bool = False
-    cost: Cost = field(default_factory=Cost)
-    pairs: tuple[float, ...] = ()
-    selection: tuple[Trial, ...] = ()
-    layer_trials: tuple[Trial, ...] = ()
-    neuron_trials: tuple[Trial, ...] = ()
-
-    def neurons(self, model_id: str, sites: Sequence[Site]) -> NeuronSet:
-        """Return the refined neurons as a set."""
-        return NeuronSet(model_id, dict(zip(sites, self.refined, strict=True)) if self.refined else {})
-
-
-class Passes:
-    """Denoiser passes for one prompt: made, remembered and counted here and nowhere else."""
-
-    def __init__(
-        self, call: DenoiserCall, sites: Sequence[Site], settings: NemoSettings, step_idx: int
-    ) -> None:
-        self.call, self.sites, self.settings, self.step_idx = call, tuple(sites), settings, step_idx
-        self.cost = Cost()
-        self.batch_size = settings.batch_size
-        self.activations: tuple[Tensor, ...] | None = None
-
-    def maps(self, jobs: Sequence[tuple[int, frozenset[Neuron]]], *, is_capturing: bool = False) -> Tensor:
-        """Return scaled maps for (sample, neurons that are off), shape (M, C, H, W), float32."""
-        parts: list[Tensor] = []
-        start = 0
-        while start < len(jobs):
-            try:
-                parts.append(self._run(jobs[start : start + self.batch_size], self.step_idx, is_capturing))
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
-                    raise
-                self.batch_size //= 2
-                continue
-            start += len(parts[-1])
-        return torch.cat(parts)
-
-    def discard(self, jobs: Sequence[tuple[int, frozenset[Neuron]]]) -> None:
-        """Make the pass at the first timestep, whose outcome the released code throws away."""
-        for start in range(0, len(jobs), self.batch_size):
-            self._run(jobs[start : start + self.batch_size], 0, False)
-
-    def _run(
-        self, jobs: Sequence[tuple[int, frozenset[Neuron]]], step_idx: int, is_capturing: bool
-    ) -> Tensor:
-        samples = [sample for sample, _ in jobs]
-        gates: dict[Site, Tensor] = {}
-        for number, site in enumerate(self.sites):
-            if any(layer == number for _, off in jobs for layer, _ in off):
-                gate = torch.ones(len(jobs), site.width)
-                for row, (_, off) in enumerate(jobs):
-                    gate[row, [index for layer, index in off if layer == number]] = self.settings.search.scale
-                gates[site] = gate
-        with torch.no_grad(), capture(self.call.denoiser, self.sites if is_capturing else ()) as seen:
-            rows = self.call.predict(samples, step_idx=step_idx, gates=gates)
-        self.cost.sample_forwards_run += self.call.rows * len(jobs)
-        if is_capturing and self.activations is None:
-            last = [seen[site][0].flatten(1, -2)[-len(jobs) :] for site in self.sites]
-            self.activations = tuple(mean_absolute(values)[0].cpu() for values in last)
-        prediction = rows[-1]
-        if self.call.rows == 2:
-            empty, text = rows
-            first, second = (text, empty) if self.settings.mode == "compat" else (empty, text)
-            prediction = first + self.settings.guidance * (second - first)
-        return scaled_maps(self.call.clean_direction(prediction, samples, step_idx=step_idx)).cpu()
 
 
 def localize(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     prompts: Sequence[str],
     statistics: ActivationStatistics,
     settings: NemoSettings | None = None,
@@ -252,8 +79,47 @@ def localize(
     return _localized(pipe, prompts, statistics, settings, row, progress)
 
 
+def localize_into(
+    folder: str | Path,
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    statistics: ActivationStatistics,
+    settings: NemoSettings | None = None,
+    *,
+    row: DenoiserRow | None = None,
+    progress: ProgressCallback | None = None,
+) -> list[PromptResult]:
+    """Do what `localize` does, keep every result in a run folder, and continue there if interrupted.
+
+    Raises:
+        RunFolderError: if the folder holds a run with other settings, another model or other statistics.
+        DataError: if there are no prompts, or one is empty.
+        NeuronSetMismatch: if the statistics belong to another model or other sites.
+    """
+    settings = settings or NemoSettings()
+    model_id = fingerprint(pipe, row)
+    header = {
+        "family": "diffusion",
+        "model_id": model_id,
+        "settings": asdict(settings),
+        "statistics": {
+            name: getattr(statistics, name) for name in ("model_id", "count", "positions", "digest")
+        },
+        "sites": [asdict(site) for site in statistics.sites],
+    }
+    done = start_folder(folder, header)
+    remaining = [prompt for prompt in dict.fromkeys(prompts) if prompt not in done]
+    if remaining or not prompts:
+        for result in localize(pipe, remaining, statistics, settings, row=row, progress=progress):
+            add_result(folder, result)
+            done[result.prompt] = result
+    results = [done[prompt] for prompt in dict.fromkeys(prompts)]
+    finish_folder(folder, results, model_id, statistics.sites)
+    return results
+
+
 def _localized(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     prompts: Sequence[str],
     statistics: ActivationStatistics,
     settings: NemoSettings,
@@ -262,16 +128,7 @@ def _localized(
 ) -> Iterator[PromptResult]:
     for number, prompt in enumerate(prompts, start=1):
         started = time.monotonic()
-        seeds = range(settings.seed, settings.seed + settings.samples)
-        call = record(
-            pipe,
-            prompt,
-            num_samples=settings.samples,
-            seeds=tuple(seeds) if settings.mode == "paper" else (settings.seed,),
-            num_steps=settings.num_steps,
-            guidance=settings.guidance,
-        )
-        passes = Passes(call, statistics.sites, settings, 0 if settings.mode == "paper" else 1)
+        passes = first_step(pipe, prompt, statistics.sites, settings)
         candidates = _Candidates(pipe, prompt, statistics, settings, row, passes)
         run = _fast if settings.mode == "fast" else _released
         result = run(prompt, passes, candidates, settings)
@@ -286,7 +143,7 @@ def _localized(
 class _Candidates:
     """Activations and z-scores of one prompt, computed when first asked for."""
 
-    pipe: DiffusionPipeline
+    pipe: Pipeline
     prompt: str
     statistics: ActivationStatistics
     settings: NemoSettings
@@ -334,7 +191,7 @@ def _released(prompt: str, passes: Passes, candidates: _Candidates, settings: Ne
     similarities, pairs = pair_similarities(evaluated(frozenset()), ranges=ranges, num_scales=num_scales)
     best = best_match(similarities, pairs, settings.samples)
     kept = [sample for sample in everyone if best[sample] > settings.search.gate_threshold]
-    result = {
+    result: dict[str, Any] = {
         "prompt": prompt,
         "is_memorized": bool(kept),
         "best_pair": float(best.max()),
@@ -392,7 +249,7 @@ def _fast(prompt: str, passes: Passes, candidates: _Candidates, settings: NemoSe
         similarities, pairs = pair_similarities(plain)
         best = best_match(similarities, pairs, len(plain))
         kept = [sample for sample in range(len(plain)) if best[sample] > search.gate_threshold]
-    result = {
+    result: dict[str, Any] = {
         "prompt": prompt,
         "is_memorized": bool(kept),
         "best_pair": float(best.max()),
@@ -445,6 +302,7 @@ def _first_look(passes: Passes, settings: NemoSettings) -> Tensor:
 
 def _counted(result: dict[str, Any], passes: Passes) -> dict[str, Any]:
     passes.cost.sample_forwards = passes.cost.sample_forwards_run
+    passes.cost.denoiser_calls = passes.cost.denoiser_calls_run
     return result
 
 
@@ -455,10 +313,10 @@ def _by_site(neurons: Iterable[Neuron], num_sites: int) -> Entries:
     return tuple(tuple(sorted(indices)) for indices in chosen)
 
 
-def _require_sites(
-    pipe: DiffusionPipeline, statistics: ActivationStatistics, row: DenoiserRow | None
-) -> None:
-    known = {site for kind in ("values", "hidden") for site in _every_site(pipe, kind, row)}
+def _require_sites(pipe: Pipeline, statistics: ActivationStatistics, row: DenoiserRow | None) -> None:
+    kinds: tuple[Kind, ...] = ("values", "hidden")
+    names = [name for name, _ in (row or row_for(pipe)).blocks]
+    known = {site for kind in kinds for site in find_sites(pipe, kind, blocks=names, row=row)}
     stray = [site for site in statistics.sites if site not in known]
     ours = signature(pipe, row)
     is_other = statistics.model_id and not same_model(statistics.model_id, ours)
@@ -467,244 +325,3 @@ def _require_sites(
         raise NeuronSetMismatch(
             f"the activation statistics are for {what}, which this model ({ours}) is not; collect them on this model"
         )
-
-
-def _every_site(pipe: DiffusionPipeline, kind: Any, row: DenoiserRow | None) -> tuple[Site, ...]:
-    names = [name for name, _ in (row or row_for(pipe)).blocks]
-    return find_sites(pipe, kind, blocks=names, row=row)
-
-
-# Activations and their statistics.
-
-
-@torch.no_grad()
-def activations_of(
-    pipe: DiffusionPipeline,
-    prompts: Sequence[str],
-    sites: Sequence[Site],
-    positions: str = "all",
-    *,
-    row: DenoiserRow | None = None,
-) -> list[tuple[Tensor, ...]]:
-    """Return each prompt's mean absolute activations, one tensor of shape (F,) per site, float32.
-
-    Cross-attention values need no denoiser pass. Other sites depend on the picture too: they are captured in one pass
-    per prompt, at the second step of 50, on the latents of seed 1.
-
-    Args:
-        pipe: the pipeline.
-        prompts: N prompts.
-        sites: the sites.
-        positions: token positions that are averaged: "all", "start", "words", "end" or "padding".
-        row: site table row, for a denoiser that the table does not know.
-
-    Raises:
-        ConfigError: if positions are named for sites whose tokens are not the prompt's.
-    """
-    if (row or row_for(pipe)).has_joint_values or sites[0].side == "in":
-        if positions != "all":
-            raise ConfigError(f"positions {positions!r} need cross-attention values; use positions='all'")
-        found: list[tuple[Tensor, ...]] = []
-        for prompt in prompts:
-            call = record(pipe, prompt, seeds=(1,))
-            with capture(denoiser_of(pipe), sites) as seen:
-                call.predict([0], step_idx=1)
-            found.append(tuple(mean_absolute(seen[site][0].flatten(1, -2))[0].cpu() for site in sites))
-        return found
-    values = text_values(pipe, prompts, sites, row)
-    chosen = None if positions == "all" else token_positions(pipe, prompts, positions)
-    means = [mean_absolute(values[site], chosen).cpu() for site in sites]
-    return [tuple(mean[i] for mean in means) for i in range(len(prompts))]
-
-
-def token_positions(pipe: DiffusionPipeline, prompts: Sequence[str], positions: str) -> Tensor:
-    """Mark token positions of one kind, shape (N, T), bool: start token, words, first end token, or what follows it.
-
-    Raises:
-        ConfigError: if the kind is unknown.
-    """
-    tokenizer = pipe.tokenizer
-    tokens = tokenizer(
-        list(prompts),
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids
-    place = torch.arange(tokens.shape[1]).expand_as(tokens)
-    end = (tokens == tokenizer.eos_token_id).int().argmax(1, keepdim=True)
-    has_start = tokenizer.bos_token_id is not None and bool((tokens[:, 0] == tokenizer.bos_token_id).all())
-    kinds = {
-        "start": (place == 0) & has_start,
-        "words": (place < end) & (place >= int(has_start)),
-        "end": place == end,
-        "padding": place > end,
-    }
-    if positions not in kinds:
-        raise ConfigError(f"unknown positions {positions!r}; expected all, {', '.join(kinds)}")
-    return kinds[positions]
-
-
-def collect_statistics(
-    pipe: DiffusionPipeline,
-    captions: Iterable[str],
-    sites: Sequence[Site] | None = None,
-    *,
-    positions: Positions = "all",
-    batch_size: int = 64,
-    path: str | Path | None = None,
-    row: DenoiserRow | None = None,
-    progress: ProgressCallback | None = None,
-) -> ActivationStatistics:
-    """Compute activation statistics of ordinary captions, streamed.
-
-    Args:
-        pipe: the pipeline.
-        captions: captions; read once, never held together.
-        sites: by default the row's default value sites.
-        positions: token positions that are averaged.
-        batch_size: captions per batch.
-        path: file that is written after every batch and continued from if it exists.
-        row: site table row, for a denoiser that the table does not know.
-        progress: called after each batch.
-
-    Raises:
-        DataError: if there are fewer than two captions, or the file was made from others.
-        NeuronSetMismatch: if the file was made for another model.
-    """
-    sites = tuple(sites or find_sites(pipe, row=row))
-    model_id = fingerprint(pipe, row)
-    total = ActivationStatistics.empty(model_id, sites, positions)
-    remaining = iter(captions)
-    if path is not None and Path(path).exists():
-        total = load_statistics(path)
-        if (total.model_id, total.sites, total.positions) != (model_id, sites, positions):
-            raise NeuronSetMismatch(
-                f"{path} was made for {total.model_id}, this model is {model_id}; choose a new file"
-            )
-        _skip(remaining, total, path)
-    while batch := list(islice(remaining, batch_size)):
-        found = activations_of(pipe, batch, sites, positions, row=row)
-        columns = [torch.stack([one[i] for one in found]) for i in range(len(sites))]
-        total = total.updated(columns, batch)
-        if path is not None:
-            total.save(path)
-        if progress is not None:
-            progress(Progress("statistics", total.count, 0, "captions"))
-    if total.count < 2:
-        raise DataError(
-            f"{total.count} captions give no standard deviation; pass at least two, better thousands"
-        )
-    return total
-
-
-def _skip(captions: Iterator[str], total: ActivationStatistics, path: str | Path) -> None:
-    """Read over the captions that a file already holds, and check that they are the same."""
-    done = list(islice(captions, total.count))
-    if total.digest != _digest(done, total):
-        raise DataError(
-            f"{path} was made from other captions; choose a new file, or pass the same captions again"
-        )
-
-
-def _digest(captions: Sequence[str], total: ActivationStatistics) -> str:
-    empty = ActivationStatistics.empty(total.model_id, total.sites, total.positions)
-    nothing = [torch.zeros(1, site.width) for site in total.sites]
-    for caption in captions:
-        empty = empty.updated(nothing, [caption])
-    return empty.digest
-
-
-# The threshold.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """A gate threshold and what it was computed on.
-
-    Attributes:
-        threshold: mean + stds times the standard deviation of the best pairs, unitless.
-        mean: mean of the best pairs of ordinary prompts, unitless.
-        std: their standard deviation (divisor n - 1), unitless.
-        stds: how many standard deviations were added.
-        num_prompts: ordinary prompts.
-        digest: digest of the prompts in order.
-        model_id: fingerprint of the model.
-        settings: mode, samples, seed, steps and guidance of the passes.
-    """
-
-    threshold: float
-    mean: float
-    std: float
-    stds: float
-    num_prompts: int
-    digest: str
-    model_id: str
-    settings: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as plain data."""
-        return asdict(self)
-
-
-def calibrate(
-    pipe: DiffusionPipeline,
-    prompts: Sequence[str],
-    settings: NemoSettings | None = None,
-    *,
-    stds: float = 1.0,
-    row: DenoiserRow | None = None,
-    progress: ProgressCallback | None = None,
-) -> Calibration:
-    """Choose the gate threshold from ordinary prompts: mean plus one standard deviation of their best pairs.
-
-    Args:
-        pipe: the pipeline.
-        prompts: prompts known not to be memorized, at least two.
-        settings: samples, seed, steps and score are those of its mode; every sample is always compared.
-        stds: standard deviations above the mean.
-        row: site table row, for a denoiser that the table does not know.
-        progress: called after each prompt.
-
-    Raises:
-        DataError: if there are fewer than two prompts.
-
-    Source: Hintersdorf et al. 2024, section 3.1 (per-prompt maximum; 0.358 + 0.070 for SD 1.4).
-    """
-    settings = settings or NemoSettings()
-    if len(prompts) < 2:
-        raise DataError(
-            f"{len(prompts)} prompts give no threshold; pass at least two ordinary prompts, better hundreds"
-        )
-    best: list[float] = []
-    is_compat = settings.mode == "compat"
-    for number, prompt in enumerate(prompts, start=1):
-        seeds = tuple(range(settings.seed, settings.seed + settings.samples))
-        call = record(
-            pipe,
-            prompt,
-            num_samples=settings.samples,
-            seeds=seeds if settings.mode == "paper" else seeds[:1],
-            num_steps=settings.num_steps,
-            guidance=settings.guidance,
-        )
-        passes = Passes(call, (), settings, 0 if settings.mode == "paper" else 1)
-        maps = passes.maps([(sample, frozenset()) for sample in range(settings.samples)])
-        scales = 1 if settings.mode == "paper" else 3
-        best.append(
-            float(pair_similarities(maps, ranges="call" if is_compat else "pair", num_scales=scales)[0].max())
-        )
-        if progress is not None:
-            progress(Progress("calibrate", number, len(prompts), "prompts", f"best pair {best[-1]:.3f}"))
-    mean, std = float(torch.tensor(best).mean()), float(torch.tensor(best).std())
-    kept = {"mode": settings.mode, "num_samples": settings.samples, "seed": settings.seed}
-    return Calibration(
-        threshold=mean + stds * std,
-        mean=mean,
-        std=std,
-        stds=stds,
-        num_prompts=len(prompts),
-        digest=hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
-        model_id=fingerprint(pipe, row),
-        settings={**kept, "num_steps": settings.num_steps, "guidance": settings.guidance},
-    )

@@ -11,7 +11,7 @@ Source: Hintersdorf et al. 2024 (Finding NeMo), sections 3.1 and 3.2, and its re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,9 +70,7 @@ class ActivationStatistics:
     def updated(self, activations: Sequence[Tensor], examples: Sequence[str]) -> ActivationStatistics:
         """Add examples: one tensor of shape (N, F) per site, and the N texts they belong to."""
         batch = [a.detach().double().cpu() for a in activations]
-        digest = self.digest
-        for text in examples:
-            digest = hashlib.sha256(f"{digest}\0{text}".encode()).hexdigest()[:16]
+        digest = chained_digest(self.digest, examples)
         added = replace(
             self,
             count=len(examples),
@@ -123,6 +121,13 @@ class ActivationStatistics:
         return write_atomic(path, save(tensors, metadata=header))
 
 
+def chained_digest(digest: str, examples: Iterable[str]) -> str:
+    """Continue a digest with more examples, so that a stream can be recognized without being held."""
+    for text in examples:
+        digest = hashlib.sha256(f"{digest}\0{text}".encode()).hexdigest()[:16]
+    return digest
+
+
 def load_statistics(path: str | Path) -> ActivationStatistics:
     """Read statistics saved by `ActivationStatistics.save`.
 
@@ -142,8 +147,8 @@ def load_statistics(path: str | Path) -> ActivationStatistics:
                     f"{path} is not a {STATISTICS_FORMAT} file of version {STATISTICS_VERSION}; collect the "
                     "statistics again"
                 )
-            lines = [line.split(" ") for line in header["sites"].split("\n")]
-            sites = tuple(Site(p, side, int(width), int(start)) for p, side, width, start in lines)  # type: ignore[arg-type]
+            lines: list[list[Any]] = [line.split(" ") for line in header["sites"].split("\n")]
+            sites = tuple(Site(p, side, int(width), int(start)) for p, side, width, start in lines)
             return ActivationStatistics(
                 model_id=header["model_id"],
                 sites=sites,

@@ -274,76 +274,59 @@ def smallest(
     limit, is_replaced = threshold, False
     active = [samples[0]]
     while True:
-
-        def value(neurons: Sequence[Neuron]) -> float:
-            """Return the largest score over the active samples, or the first one that exceeds the limit."""
-            largest = -math.inf
-            for sample in active:  # noqa: B023 - called within this turn only
-                largest = max(largest, effect(neurons, [sample])[0])
-                if largest > limit:  # noqa: B023
-                    break
-            return largest
-
-        length = _broken_prefix(order, value, limit)
+        breaks = _breaking(effect, tuple(active), limit)
+        length = _broken_prefix((), order, breaks)
         if length is None:
             limit, is_replaced = max(effect(order, samples)), True
-            length = _broken_prefix(order, value, limit) or len(order)
+            continue
         prefix = tuple(order[:length])
-        needed = _needed(prefix, value, limit)
+        needed = _needed(prefix, breaks)
         scores = effect(needed, samples)
         worst = max(range(len(samples)), key=lambda i: scores[i])
         if scores[worst] <= limit or samples[worst] in active:
-            return Found(tuple(needed), prefix, value(prefix), limit, is_replaced, scores)
+            return Found(needed, prefix, max(effect(prefix, active)), limit, is_replaced, scores)
         active.append(samples[worst])
 
 
-def _broken_prefix(
-    order: Sequence[Neuron], value: Callable[[Sequence[Neuron]], float], limit: float
-) -> int | None:
-    """Return the length of a shortest breaking prefix (no shorter neighbour breaks), or None if none was met.
+_Breaks = Callable[[Sequence[Neuron]], bool]
+
+
+def _breaking(effect: SampleEffect, samples: Sequence[int], limit: float) -> _Breaks:
+    """Return a test whether the memory is broken in all samples; it stops at the first where it is not."""
+    return lambda neurons: all(effect(neurons, [sample])[0] <= limit for sample in samples)
+
+
+def _broken_prefix(fixed: Sequence[Neuron], order: Sequence[Neuron], breaks: _Breaks) -> int | None:
+    """Return how many of `order`, beside the fixed ones, break the memory; one less does not. None if no length does.
 
     Lengths double first; if none breaks, the lengths between are tried before giving up.
     """
     doubled = [1 << power for power in range(len(order).bit_length()) if 1 << power < len(order)]
     between = [3 * length // 2 for length in doubled if length > 1 and 3 * length // 2 < len(order)]
     failed = [0]
-    for length in (*doubled, len(order), *between):
-        if length and value(order[:length]) <= limit:
-            low = max(tried for tried in failed if tried < length)
-            return _bisected(low, length, lambda size: value(order[:size]) <= limit)
-        failed.append(length)
+    for high in (*doubled, len(order), *between):
+        if breaks([*fixed, *order[:high]]):
+            low = max(length for length in failed if length < high)
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if breaks([*fixed, *order[:middle]]) else (middle, high)
+            return high
+        failed.append(high)
     return None
 
 
-def _bisected(low: int, high: int, breaks: Callable[[int], bool]) -> int:
-    """Return a size in (low, high] that breaks and whose predecessor does not; `high` is known to break."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if breaks(middle) else (middle, high)
-    return high
-
-
-def _needed(
-    prefix: Sequence[Neuron], value: Callable[[Sequence[Neuron]], float], limit: float
-) -> list[Neuron]:
+def _needed(prefix: Sequence[Neuron], breaks: _Breaks) -> tuple[Neuron, ...]:
     """Reduce a breaking prefix to neurons none of which can be left out alone."""
-    needed: list[Neuron] = [prefix[-1]]
-    rest = list(prefix[:-1])
-    while rest and value(needed) > limit:
-        fixed = list(needed)
-        doubled = [1 << power for power in range(len(rest).bit_length()) if 1 << power < len(rest)]
-        low, high = 0, len(rest)
-        for length in doubled:
-            if value([*fixed, *rest[:length]]) <= limit:
-                high = length
-                break
-            low = length
-        length = _bisected(low, high, lambda size: value([*fixed, *rest[:size]]) <= limit)  # noqa: B023
+    needed, rest = [prefix[-1]], list(prefix[:-1])
+    while rest and not breaks(needed):
+        length = _broken_prefix(needed, rest, breaks)
+        assert length is not None, (
+            "a prefix that broke the memory breaks it no more: the effect is not repeatable"
+        )
         needed.append(rest[length - 1])
         rest = rest[: length - 1]
-    if len(needed) > 1:
-        for neuron in list(needed):
-            fewer = [other for other in needed if other != neuron]
-            if fewer and value(fewer) <= limit:
-                needed = fewer
-    return needed
+    for neuron in list(needed):
+        fewer = [other for other in needed if other != neuron]
+        if fewer and breaks(fewer):
+            needed = fewer
+    return tuple(needed)

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,13 @@ from unmemorize.errors import ConfigError, ModelNotSupported
 from unmemorize.gates import first_arguments, gated
 from unmemorize.neurons import Site
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+Pipeline: TypeAlias = Any
+"""A diffusers pipeline. Its parts are registered at run time, so no type describes them."""
 
 _UNBATCHED = ("txt_ids", "img_ids")  # positions, shared by all rows
 
 
-def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
+def denoiser_of(pipe: Pipeline) -> nn.Module:
     """Return a pipeline's denoiser: its `unet` or its `transformer`.
 
     Raises:
@@ -93,7 +93,7 @@ class DenoiserCall:
         }
         with gated(self.denoiser, spread):
             output: Tensor = self.denoiser(**arguments)[0]
-        return output.unflatten(0, (self.rows, count))
+        return output.reshape(self.rows, count, *output.shape[1:])
 
     def clean_direction(self, prediction: Tensor, samples: Sequence[int], *, step_idx: int = 0) -> Tensor:
         """Turn predictions into maps that point from the latent towards the clean picture, up to sign and scale.
@@ -139,7 +139,7 @@ class DenoiserCall:
 
 @torch.no_grad()
 def record(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     prompt: str,
     *,
     num_samples: int = 1,
@@ -164,7 +164,7 @@ def record(
     """
     if len(seeds) not in (1, num_samples):
         raise ConfigError(f"{len(seeds)} seeds for {num_samples} samples; pass one seed, or one per sample")
-    settings = {"num_steps": num_steps, "guidance": guidance, "size_px": size_px}
+    settings: dict[str, Any] = {"num_steps": num_steps, "guidance": guidance, "size_px": size_px}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     _, drawn = _first_call(pipe, [prompt], num_samples, generators, **settings)
     _, single = _first_call(pipe, [prompt], 1, generators[:1], **settings)
@@ -190,7 +190,7 @@ def record(
     )
 
 
-def encoded(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Tensor:
+def encoded(pipe: Pipeline, prompts: Sequence[str]) -> Tensor:
     """Return what the denoiser receives as `encoder_hidden_states`, shape (N, T, D), for N prompts."""
     _, arguments = _first_call(pipe, list(prompts), 1, [torch.Generator()], 1, 0.0, None)
     states: Tensor = arguments["encoder_hidden_states"]
@@ -198,7 +198,7 @@ def encoded(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Tensor:
 
 
 def _first_call(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     prompts: list[str],
     num_samples: int,
     generators: list[torch.Generator],

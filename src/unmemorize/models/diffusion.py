@@ -5,7 +5,8 @@ picture (side "out"), which ones read the hidden neurons of a feed-forward block
 in. Cross-attention values depend on the text alone. Joint attention (SD 3, Flux) mixes text and picture from the first
 block on, so that its text values also depend on latent and timestep: they must be captured, not computed.
 
-Modules are found by name, and processors stay as the user set them. `check` proves on a tiny picture that a row is right.
+Modules are found by name, and processors stay as the user set them. `check` proves on a tiny picture that a row is
+right.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,8 @@ from unmemorize.models.base import (
     require_match,
     signature_of,
 )
-from unmemorize.models.denoising import denoiser_of, encoded, record
+from unmemorize.models.denoising import Pipeline, denoiser_of, encoded, record
 from unmemorize.neurons import NeuronSet, Site
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 Kind = Literal["values", "hidden"]
 
@@ -94,7 +92,7 @@ ROWS: dict[str, DenoiserRow] = {
 }
 
 
-def row_for(pipe: DiffusionPipeline) -> DenoiserRow:
+def row_for(pipe: Pipeline) -> DenoiserRow:
     """Return the table row of a pipeline's denoiser.
 
     Raises:
@@ -127,7 +125,7 @@ def _is_fused(attention: nn.Module) -> bool:
 
 
 def find_sites(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     kind: Kind = "values",
     *,
     blocks: Sequence[str] | None = None,
@@ -181,35 +179,35 @@ def _running_order(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", path)]
 
 
-def _all_sites(pipe: DiffusionPipeline, row: DenoiserRow | None) -> tuple[Site, ...]:
+def _all_sites(pipe: Pipeline, row: DenoiserRow | None) -> tuple[Site, ...]:
     row = row or row_for(pipe)
     names = [name for name, _ in row.blocks]
     kinds: tuple[Kind, ...] = ("values", "hidden")
     return tuple(site for kind in kinds for site in find_sites(pipe, kind, blocks=names, row=row))
 
 
-def signature(pipe: DiffusionPipeline, row: DenoiserRow | None = None) -> str:
+def signature(pipe: Pipeline, row: DenoiserRow | None = None) -> str:
     """Name a denoiser's architecture with its widths; ends in "-*", valid for any of its weights."""
     return signature_of("diffusion", type(denoiser_of(pipe)).__name__, _all_sites(pipe, row))
 
 
-def fingerprint(pipe: DiffusionPipeline, row: DenoiserRow | None = None) -> str:
+def fingerprint(pipe: Pipeline, row: DenoiserRow | None = None) -> str:
     """Name a denoiser by architecture and weights; text encoder and VAE do not enter."""
     return fingerprint_of(signature(pipe, row), denoiser_of(pipe))
 
 
-def require_same_model(neurons: NeuronSet, pipe: DiffusionPipeline, row: DenoiserRow | None = None) -> None:
+def require_same_model(neurons: NeuronSet, pipe: Pipeline, row: DenoiserRow | None = None) -> None:
     """Raise `NeuronSetMismatch` unless a neuron set was made for this pipeline's denoiser."""
     require_match(neurons, signature(pipe, row), lambda: fingerprint(pipe, row))
 
 
 def load(
-    source: str | Path | DiffusionPipeline,
+    source: str | Path | Pipeline,
     *,
     row: DenoiserRow | None = None,
     dtype: torch.dtype | None = None,
     run_check: bool = True,
-) -> DiffusionPipeline:
+) -> Pipeline:
     """Load a text-to-image pipeline and check its sites.
 
     A safety checker that the folder names but does not hold is left out; it takes no part in what is measured.
@@ -229,10 +227,7 @@ def load(
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise missing_extra("diffusers", "images") from error
-    if isinstance(source, DiffusionPipeline):
-        pipe = source
-    else:
-        pipe = _from_folder(DiffusionPipeline, source, dtype)
+    pipe = source if isinstance(source, DiffusionPipeline) else _from_folder(DiffusionPipeline, source, dtype)
     row = row or row_for(pipe)
     for module in _modules(pipe):
         module.eval()
@@ -243,9 +238,7 @@ def load(
     return pipe
 
 
-def _from_folder(
-    pipeline_class: type[DiffusionPipeline], source: str | Path, dtype: torch.dtype | None
-) -> DiffusionPipeline:
+def _from_folder(pipeline_class: Any, source: str | Path, dtype: torch.dtype | None) -> Pipeline:
     index = Path(source) / "model_index.json"
     extra: dict[str, Any] = {}
     if Path(source).exists():
@@ -273,12 +266,12 @@ def _from_folder(
             ) from error
 
 
-def _modules(pipe: DiffusionPipeline) -> list[nn.Module]:
+def _modules(pipe: Pipeline) -> list[nn.Module]:
     return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
 
 
 @torch.no_grad()
-def check(pipe: DiffusionPipeline, row: DenoiserRow | None = None) -> list[CheckResult]:
+def check(pipe: Pipeline, row: DenoiserRow | None = None) -> list[CheckResult]:
     """Prove on a tiny picture that the table row fits the denoiser.
 
     Returns:
@@ -301,7 +294,7 @@ def check(pipe: DiffusionPipeline, row: DenoiserRow | None = None) -> list[Check
 
 @torch.no_grad()
 def text_values(
-    pipe: DiffusionPipeline, prompts: Sequence[str], sites: Sequence[Site], row: DenoiserRow | None = None
+    pipe: Pipeline, prompts: Sequence[str], sites: Sequence[Site], row: DenoiserRow | None = None
 ) -> dict[Site, Tensor]:
     """Compute the values that prompts contribute at cross-attention sites, without a denoiser pass.
 

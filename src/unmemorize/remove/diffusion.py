@@ -11,23 +11,20 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from unmemorize.gates import closed, folded, gated
-from unmemorize.models.denoising import denoiser_of
+from unmemorize.models.denoising import Pipeline, denoiser_of
 from unmemorize.models.diffusion import DenoiserRow, fingerprint, quiet_diffusers, require_same_model
 from unmemorize.neurons import NeuronSet
 from unmemorize.remove.folders import in_plain_process, whole_folder, write_manifest
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
 
 @contextmanager
 def deactivated(
-    pipe: DiffusionPipeline, neurons: NeuronSet, *, scale: float = 0.0, row: DenoiserRow | None = None
+    pipe: Pipeline, neurons: NeuronSet, *, scale: float = 0.0, row: DenoiserRow | None = None
 ) -> Iterator[None]:
     """Multiply neurons by `scale` in everything the pipeline does while the block is open; nested blocks multiply.
 
@@ -46,8 +43,8 @@ def deactivated(
 
 
 def fold(
-    pipe: DiffusionPipeline, neurons: NeuronSet, *, scale: float = 0.0, row: DenoiserRow | None = None
-) -> DiffusionPipeline:
+    pipe: Pipeline, neurons: NeuronSet, *, scale: float = 0.0, row: DenoiserRow | None = None
+) -> Pipeline:
     """Return a pipeline whose denoiser has the gate in its weights; the other parts are shared with the original.
 
     Raises:
@@ -62,7 +59,7 @@ def fold(
 
 
 def export(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     folder: str | Path,
     *,
     manifest: dict[str, Any],
