@@ -40,7 +40,23 @@ from transformers import (
 torch.set_num_threads(1)  # tiny models lose time to threads
 
 KINDS = ("sd1", "sd2", "sdxl", "pixart", "sd3", "flux")
-WORDS = "a photo of the lighthouse red blue cat house tree moon river stone lamp garden".split()
+WORDS = [
+    "a",
+    "photo",
+    "of",
+    "the",
+    "lighthouse",
+    "red",
+    "blue",
+    "cat",
+    "house",
+    "tree",
+    "moon",
+    "river",
+    "stone",
+    "lamp",
+    "garden",
+]
 
 
 def tiny_pipeline(kind: str, *, seed: int = 0) -> Any:

@@ -29,7 +29,12 @@ CAPTIONS = ["a red cat", "the blue house", "a photo of the moon", "river stone",
 @pytest.mark.parametrize("mode", ["fast", "compat", "paper"])
 @pytest.mark.parametrize(
     ("planted", "rule"),
-    [(((1, 3),), "or"), (((0, 2), (2, 5)), "or"), (((0, 1), (1, 1), (2, 1)), "or"), (((0, 2), (2, 5)), "and")],
+    [
+        (((1, 3),), "or"),
+        (((0, 2), (2, 5)), "or"),
+        (((0, 1), (1, 1), (2, 1)), "or"),
+        (((0, 2), (2, 5)), "and"),
+    ],
 )
 def test_planted_neurons_are_found(mode: Any, planted: tuple[tuple[int, int], ...], rule: str) -> None:
     pipe: Any = PlantedPipeline(planted, rule=rule)
@@ -109,7 +114,7 @@ def test_a_run_continues_where_it_stopped(tmp_path: Path) -> None:
     assert [result.prompt for result in results] == prompts
     assert lines.read_text().splitlines()[0] == first[0]
     assert len(load_neurons(tmp_path / "neurons.json")) == 1
-    rows = list(csv.DictReader((tmp_path / "localization.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "localization.csv").read_text().splitlines()))
     assert [row["refined"] for row in rows] == ["", "1:3", ""]
     again = localize_into(tmp_path, pipe, prompts, statistics, row=ROW)
     assert again == results
@@ -150,7 +155,8 @@ def test_positions_split_the_prompt() -> None:
     sites = find_sites(pipe)
     whole = activations_of(pipe, CAPTIONS[:1], sites)[0][0]
     parts = sum(
-        activations_of(pipe, CAPTIONS[:1], sites, kind)[0][0] * part[0].sum() / 77 for kind, part in kinds.items()
+        activations_of(pipe, CAPTIONS[:1], sites, kind)[0][0] * part[0].sum() / 77
+        for kind, part in kinds.items()
     )
     assert torch.allclose(whole, torch.as_tensor(parts), atol=1e-5)
     with pytest.raises(ConfigError, match="unknown positions 'middle'"):
@@ -196,7 +202,11 @@ def test_bad_input_is_explained() -> None:
     with pytest.raises(NeuronSetMismatch, match="collect them on this model"):
         localize(tiny_pipeline("sd1", seed=1), ["a cat"], statistics)
     with pytest.raises(NeuronSetMismatch, match=r"width \d+, which this model"):
-        localize(tiny_pipeline("sdxl"), ["a cat"], collect_statistics(pipe, CAPTIONS, find_sites(pipe, blocks=("up",))))
+        localize(
+            tiny_pipeline("sdxl"),
+            ["a cat"],
+            collect_statistics(pipe, CAPTIONS, find_sites(pipe, blocks=("up",))),
+        )
     with pytest.raises(ConfigError, match="unknown mode 'quick'"):
         NemoSettings(mode="quick")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="samples are compared in pairs"):

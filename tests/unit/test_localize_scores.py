@@ -58,7 +58,9 @@ def test_statistics_survive_their_file(tmp_path: Path) -> None:
     found = statistics(torch.randn(6, 5), batch=2)
     back = load_statistics(found.save(tmp_path / "statistics.safetensors"))
     assert (back.model_id, back.sites, back.count, back.digest) == ("diffusion/x-1", SITES, 6, found.digest)
-    assert all(torch.equal(a, b) for a, b in zip(back.means + back.squares, found.means + found.squares, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(back.means + back.squares, found.means + found.squares, strict=True)
+    )
     (tmp_path / "torn").write_bytes((tmp_path / "statistics.safetensors").read_bytes()[:-3])
     with pytest.raises(FileFormatError, match="collect the statistics again"):
         load_statistics(tmp_path / "torn")

@@ -144,5 +144,8 @@ def test_what_cannot_be_broken_is_said() -> None:
 
 
 def test_the_order_is_unusual_first_then_as_the_sets_grow() -> None:
-    sets = candidate_sets(ACTIVATIONS, Z, DEFAULT, is_compat=False)
-    assert importance_order(sets, Z)[:4] == [(0, 0), (0, 1), (1, 1), (0, 3)]
+    z = [torch.tensor([6.0, -5.5, 0.0, 1.1] + [0.0] * 30), torch.tensor([0.0, 2.0] + [0.0] * 30)]
+    activations = [torch.arange(34.0), torch.arange(32.0)]
+    order = importance_order(candidate_sets(activations, z, DEFAULT, is_compat=False), z)
+    assert order[:6] == [(0, 0), (0, 1), (1, 1), (0, 3), (0, 33), (1, 31)]
+    assert len(order) == len(set(order)) == 4 + 2 * 16
