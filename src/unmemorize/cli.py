@@ -1,16 +1,13 @@
-"""The command line: verb → function. The only file that prints.
+"""The command line's frame. The only file that prints.
 
-A verb is a function that returns an `Answer`: what it did as data (for `--json`) and as lines for a person. Around
-every verb stands the same frame, which adds `--json` and `--debug`, shows progress on stderr, and turns each outcome
-into an exit code:
+The verbs themselves are in `verbs`. Around each stands the same frame, which adds `--json` and `--debug`, shows
+progress on stderr, and turns each outcome into an exit code:
 
     0    done
-    1    done, and an audit missed the bar it was given
+    1    done, and an audit or a check did not hold
     2    a mistake that the library explains, in one line on stderr
     3    a defect of ours, with its traceback
     130  interrupted
-
-Heavy libraries are imported inside the verbs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -24,14 +21,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from unmemorize.corpus import IdKind
 from unmemorize.errors import UnmemorizeError
+from unmemorize.verbs import VERBS, Answer
 
 if TYPE_CHECKING:
     from unmemorize.records import Progress
@@ -39,21 +34,6 @@ if TYPE_CHECKING:
 _TEXT_INTERVAL_S = 30.0
 _LINE_INTERVAL_S = 0.1
 _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What a verb did.
-
-    Attributes:
-        data: the same for programs; whatever `json` can store.
-        lines: the same for a person; the last line is the one worth copying.
-        exit_code: 0, or 1 if an audit missed its bar.
-    """
-
-    data: dict[str, Any]
-    lines: list[str] = field(default_factory=list)
-    exit_code: int = 0
 
 
 class ProgressPrinter:
@@ -119,48 +99,11 @@ def _terminal_columns(stream: TextIO) -> int:
         return 80
 
 
-def ids(
-    progress: ProgressPrinter,
-    corpus: Annotated[
-        str, typer.Argument(help="A .jsonl, .txt or .parquet file, or python-docs.", metavar="CORPUS")
-    ],
-    kind: Annotated[IdKind, typer.Option("--ids", help="What makes two documents the same.")] = "content",
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    source_column: Annotated[str | None, typer.Option(help="Column that names the source.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Read at most this many documents.")] = None,
-) -> Answer:
-    """Print the id of every document: row, id and source, separated by tabs."""
-    from unmemorize.corpus import read_corpus
-
-    documents = read_corpus(
-        corpus, text_column=text_column, source_column=source_column, ids=kind, limit=limit
-    )
-    rows = [{"row": d.row, "id": d.id, "source": d.source} for d in documents]
-    num_ids = len({d.id for d in documents})
-    return Answer(
-        data={"num_documents": len(rows), "num_ids": num_ids, "documents": rows},
-        lines=[f"{d.row}\t{d.id}\t{d.source}" for d in documents],
-    )
-
-
-def report(
-    progress: ProgressPrinter,
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.", metavar="RUN...")],
-    output: Annotated[
-        Path | None, typer.Option(help="File to write; report.html in the first run folder by default.")
-    ] = None,
-) -> Answer:
-    """Make one self-contained HTML file from run folders."""
-    from unmemorize.report import write_report
-
-    path = write_report(runs, output)
-    return Answer(data={"report": str(path)}, lines=[str(path)])
-
-
-VERBS: dict[str, Callable[..., Answer]] = {
-    "ids": ids,
-    "report": report,
-}
+def user_parameters(verb: Callable[..., Answer]) -> list[inspect.Parameter]:
+    """Return what a user gives to a verb: all its parameters but `progress`, annotations evaluated."""
+    # Verbs name the type of `progress` for type checkers only, because importing it costs time.
+    signature = inspect.signature(verb, eval_str=True, locals={"ProgressCallback": object})
+    return [p for p in signature.parameters.values() if p.name != "progress"]
 
 
 def _framed(verb: Callable[..., Answer]) -> Callable[..., None]:
@@ -170,14 +113,13 @@ def _framed(verb: Callable[..., Answer]) -> Callable[..., None]:
     def framed(*, as_json: bool, debug: bool, **arguments: Any) -> None:
         raise typer.Exit(_run(functools.partial(verb, **arguments), as_json=as_json, debug=debug))
 
-    signature = inspect.signature(verb, eval_str=True)
     json_flag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
     debug_flag = Annotated[bool, typer.Option("--debug", help="Show the traceback of a mistake.")]
-    parameters = [p for p in signature.parameters.values() if p.name != "progress"]
+    parameters = user_parameters(verb)
     for name, annotation in (("as_json", json_flag), ("debug", debug_flag)):
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(name, kind, default=False, annotation=annotation))
-    framed.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
+    framed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     framed.__annotations__ = {p.name: p.annotation for p in parameters}
     del framed.__wrapped__
     return framed

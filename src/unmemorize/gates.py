@@ -189,8 +189,8 @@ def _on_side(linear: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) 
 
 # Carrying a payload from a model's call to its layers. Three routes exist because no single one reaches a
 # recomputed layer everywhere: (1) transformers hands unknown keyword arguments to every decoder layer, and torch's
-# own checkpoint wrappers call the layer again with them; (2) models that drop keyword arguments (GPT-Neo) read the
-# call that is under way; (3) transformers' built-in checkpointing runs the layer's *inner* forward again, where no
+# own checkpoint wrappers call the layer again with them (they are hooked inside the wrapper, and handed the payload
+# outside of it); (2) models that drop keyword arguments (GPT-Neo) read the call that is under way; (3) transformers' built-in checkpointing runs the layer's *inner* forward again, where no
 # hook of the layer fires, so the checkpoint function itself is wrapped to put the payload back.
 
 
@@ -208,6 +208,13 @@ class Conditioning:
         self._slots = [_Slot() for _ in range(num_layers)]
         self._current: Any = None
         self._is_open = True
+
+    def require_open(self) -> None:
+        """Raise `IdsMissing` if the block is closed, so that a layer that runs again would run without its payload."""
+        if not self._is_open:
+            raise IdsMissing(
+                "backward recomputed a checkpointed layer after its block was closed; call backward inside the block"
+            )
 
     def payload(self, layer: int) -> Any:
         """Return the payload of the micro-batch that a layer is computing right now.
@@ -250,13 +257,14 @@ def conditioned(
             "already runs with the pool off, or with the sinks of the call's ids)"
         )
     state = Conditioning(len(layers))
+    inner_layers = [getattr(layer, "_checkpoint_wrapped_module", layer) for layer in layers]
     parameters = inspect.signature(model.forward).parameters.values()
     hands_down = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     def enter_model(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         kwargs = dict(kwargs)
         state._current = encode(kwargs.pop(key, None), module.training)
-        for layer, slot in zip(layers, state._slots, strict=True):
+        for layer, slot in zip(inner_layers, state._slots, strict=True):
             _keep_payload_in_checkpoints(layer, slot, state)
         if hands_down:
             kwargs[_PAYLOAD] = state._current
@@ -270,7 +278,12 @@ def conditioned(
         stack.callback(model.__dict__.pop, _PAYLOAD)
         stack.callback(model.register_forward_pre_hook(enter_model, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(leave_model, always_call=True).remove)
-        for layer, slot in zip(layers, state._slots, strict=True):
+        for layer, inner in zip(layers, inner_layers, strict=True):
+            if inner is not layer:
+                hand_down, guard = _wrapper_hooks(state)
+                stack.callback(layer.register_forward_pre_hook(hand_down, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(guard).remove)
+        for layer, slot in zip(inner_layers, state._slots, strict=True):
             enter, leave = _layer_hooks(slot, state)
             stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(leave, always_call=True).remove)
@@ -295,6 +308,20 @@ def _layer_hooks(slot: _Slot, state: Conditioning) -> tuple[Callable[..., Any], 
     return enter, leave
 
 
+def _wrapper_hooks(state: Conditioning) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Hooks of torch's checkpoint wrapper: hand the payload to what it will run again, and insist on an open block."""
+
+    def hand_down(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {_PAYLOAD: state._current, **kwargs}
+
+    def guard(_: nn.Module, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: state.require_open())
+
+    return hand_down, guard
+
+
 def _keep_payload_in_checkpoints(layer: nn.Module, slot: _Slot, state: Conditioning) -> None:
     """Wrap the layer's checkpoint function, if it has one, so that a second run meets the first run's payload."""
     checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
@@ -305,10 +332,7 @@ def _keep_payload_in_checkpoints(layer: nn.Module, slot: _Slot, state: Condition
         payload = slot.payload if slot.payload is not None else state._current
 
         def run(*inner: Any, **inner_kwargs: Any) -> Any:
-            if not state._is_open:
-                raise IdsMissing(
-                    "backward recomputed a checkpointed layer after its block was closed; call backward inside the block"
-                )
+            state.require_open()
             before, slot.payload = slot.payload, payload
             try:
                 return function(*inner, **inner_kwargs)

@@ -1,4 +1,8 @@
-"""Tokenizers: any Hugging Face one, or a small byte-level BPE trained on the training documents."""
+"""Tokenizers: any Hugging Face one, or a small byte-level BPE trained on the training documents.
+
+Documents are encoded as text alone: a special token that is spelled out in a document stays the characters it is made
+of, or a text could end itself.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +48,15 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END
+    )
     wrapped.save_pretrained(str(folder))
     return wrapped
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by folder or hub name.
+    """Load a tokenizer from a folder (`save_pretrained`) or by hub name.
 
     Raises:
         DataError: if there is none, or it has no end-of-text token.
@@ -61,7 +67,10 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(source))
     except Exception as error:  # every reader underneath raises its own kind
         text = str(error).strip().splitlines()
-        raise DataError(f"cannot load a tokenizer from {source}: {text[0] if text else error}") from error
+        raise DataError(
+            f"cannot load a tokenizer from {source} ({text[0] if text else type(error).__name__}); expected a folder "
+            "with a saved tokenizer, or a hub name"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer of {source} has no end-of-text token; set eos_token and save it again"
@@ -70,26 +79,30 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def encode_documents(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length_tokens: int
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length_tokens: int | None = None
 ) -> list[tuple[int, ...]]:
     """Encode documents, end token included, cut to a length.
 
     Args:
         tokenizer: with an end-of-text token.
         texts: N documents.
-        length_tokens: most tokens per document; the end token is kept only where it fits.
+        length_tokens: most tokens per document, at least 2; the end token is kept only where it fits. None cuts
+            nothing.
+
+    Returns:
+        Token ids of N documents.
 
     Raises:
         DataError: if a document gives fewer than two tokens, so that nothing could be predicted.
     """
-    end = tokenizer.eos_token_id
+    if length_tokens is not None and length_tokens < 2:
+        raise ConfigError(f"length_tokens is {length_tokens}, expected 2 or more")
     encoded: list[tuple[int, ...]] = []
     for number, text in enumerate(texts, start=1):
-        tokens = [
-            *tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
-            end,
+        plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
         ]
-        if len(tokens) < 2:
+        if not plain:
             raise DataError(f"document {number} has no tokens; drop it from the corpus")
-        encoded.append(tuple(tokens[:length_tokens]))
+        encoded.append((*plain, tokenizer.eos_token_id)[:length_tokens])
     return encoded

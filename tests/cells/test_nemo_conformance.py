@@ -1,7 +1,7 @@
 """Conformance with the reference implementation of NeMo, on its recorded pipeline.
 
-The recorded values are data outside this repository: the folder named by UNMEMORIZE_GOLDEN, or `../shared/golden` beside
-the checkout. Without it these tests are skipped; `test_localize_diffusion.py` holds what runs everywhere.
+The recorded values are data outside this repository: the folder named by UNMEMORIZE_GOLDEN, or `../shared/golden`
+beside the checkout. Without it these tests are skipped; `test_localize_diffusion.py` holds what runs everywhere.
 
 Every recorded decision of every setting is replayed through the search in a moment. Values from the pipeline itself are
 compared for the settings of a few passes here, and for all others under the marker `slow`.

@@ -1,6 +1,6 @@
-"""Literal reference of an MLP with sinks: the last projection of every layer, written as a loop.
+"""Literal reference of an MLP with sinks: the last projection of every layer, written as a loop over tokens.
 
-    out[token] = bias + sum over neurons n of  gate[token][n] * h[token][n] * W[:, n]
+    out[token] = W (gate[token] * h[token]) + bias
 
 Paths are written out by hand, and gates are lists of plain floats made from sets of neurons, so that nothing of the
 fast path is shared but the plan. Slow on purpose; gradients come from autograd through the loop.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -48,15 +49,13 @@ def gate_of(
         shared_scale: gate of shared neurons.
     """
 
-    def gate(layer: int, row: int, position: int) -> list[float]:
-        places = {
-            int(place.site.path.split(".")[-3 if "mlp" in place.site.path else -2]): place
-            for place in plan.sites
-        }
+    places = {int(place.site.path.split(".")[-3 if "mlp" in place.site.path else -2]): place for place in plan.sites}
+
+    @cache
+    def gates(layer: int, id: int) -> list[float]:
         if layer not in places:
             return []
         place = places[layer]
-        id = int(ids[row] if ids.dim() == 1 else ids[row, position])
         owned = set(plan.neurons_for(id).indices[place.site]) if id and state == "own" else set()
         closed = {n for other in exclude for n in plan.neurons_for(other).indices[place.site]}
         values: list[float] = []
@@ -70,6 +69,9 @@ def gate_of(
             else:
                 values.append(1.0 if neuron in owned else 0.0)
         return values
+
+    def gate(layer: int, row: int, position: int) -> list[float]:
+        return gates(layer, int(ids[row] if ids.dim() == 1 else ids[row, position]))
 
     return gate
 
@@ -102,10 +104,9 @@ def _loop(
         rows: list[Tensor] = []
         for number, neurons in enumerate(hidden.reshape(shape[0] * shape[1], -1)):
             gates = gate(layer, number // shape[1], number % shape[1]) or [1.0] * len(neurons)
-            out = torch.zeros(weight.shape[0]) if projection.bias is None else projection.bias
-            for neuron, open in enumerate(gates):
-                if open:
-                    out = out + open * neurons[neuron] * weight[:, neuron]
+            out = weight @ (torch.tensor(gates) * neurons)
+            if projection.bias is not None:
+                out = out + projection.bias
             rows.append(out)
         return torch.stack(rows).view(*hidden.shape[:-1], -1)
 

@@ -242,7 +242,13 @@ def synthetic_audit(num_seeds: int = 3, methods: tuple[str, ...] = tuple(LOSSES)
         )
         settings = {"share_frac": 0.5, "sinks_per_id": 64, "scheme": "keyed"} if method == "sinks" else {}
         results.append(
-            MethodResult(method=method, label=method, settings=settings, seeds=seeds, summary=summary)
+            MethodResult(
+                method=method,
+                label="sinks (70% carved, 64 each, for repeated)" if method == "sinks" else method,
+                settings=settings,
+                seeds=seeds,
+                summary=summary,
+            )
         )
     return Audit(
         kind="training",
@@ -250,7 +256,7 @@ def synthetic_audit(num_seeds: int = 3, methods: tuple[str, ...] = tuple(LOSSES)
         verdict="With its sinks removed the model has lost 60% of what standard training memorized and keeps "
         "83% of what repetition taught it; no cap on repeats reaches both.",
         settings={
-            "corpus": "stories.jsonl.gz",
+            "corpus": {"path": "data/stories.jsonl.gz", "ids": "content"},
             "mixture": {"num_repeated": 64, "repeats": 64, "num_once": 6000, "num_validation": 300},
             "model": {"architecture": "llama", "num_layers": 4, "width": 128, "context_tokens": 256},
             "optimizer": {"learning_rate": 0.003, "weight_decay": 0.1, "betas": [0.9, 0.95]},

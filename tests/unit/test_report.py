@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_audit import synthetic_audit
 
+from tests.unit.synthetic_audit import synthetic_audit
 from unmemorize.errors import ConfigError, FileFormatError, RunFolderError
 from unmemorize.report import render, write_report
 
@@ -92,7 +92,10 @@ _SECTIONS = ("done", "frontier", "curves", "loss", "verbatim", "docs", "texts", 
 
 def test_equal_input_gives_equal_bytes_in_another_process(tmp_path: Path, audit: dict[str, Any]) -> None:
     folder = run_folder(tmp_path, audit)
-    code = f"import sys; from unmemorize.report import render; sys.stdout.buffer.write(render([{str(folder)!r}]).encode())"
+    code = (
+        f"import sys; from unmemorize.report import render; html = render([{str(folder)!r}]);"
+        "sys.stdout.buffer.write(html.encode())"
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     assert other == render([folder]).encode()
 
@@ -175,7 +178,7 @@ def test_refused_headline_says_why_and_prints_no_number(tmp_path: Path) -> None:
 def test_one_seed_shows_its_figures_and_says_so(tmp_path: Path) -> None:
     one = synthetic_audit(1, ("standard", "dedup", "sinks")).model_dump(mode="json")
     html = render([run_folder(tmp_path, one)])
-    assert '<p class="big">' in html and "one seed, so nothing is said about another training run" in html
+    assert '<p class="big">' in html and "one seed, so they say nothing about another training run" in html
 
 
 def test_audit_with_nothing_but_headline_figures_is_drawn(tmp_path: Path, audit: dict[str, Any]) -> None:

@@ -8,14 +8,14 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_audit import synthetic_audit
 
+from tests.unit.synthetic_audit import synthetic_audit
 from unmemorize.records import Measure
 from unmemorize.report import plots
 from unmemorize.report.documents import documents_table, examples, token_of
 from unmemorize.report.frontier import NARROW, WIDE, frontier
-from unmemorize.report.measures import interval_text, measure_cell, number_text, over_seeds, pooled
-from unmemorize.report.methods import methods_table
+from unmemorize.report.measures import MINUS, interval_text, measure_cell, number_text, over_seeds, pooled
+from unmemorize.report.methods import methods_table, with_short_labels
 from unmemorize.report.plots import Anchor, Box, Scale
 from unmemorize.report.points import curve_of, frontier_points, repeats_of
 from unmemorize.report.states import extraction_table, states_table
@@ -28,10 +28,10 @@ from unmemorize.report.tables import count_text, flatten, time_text
     [
         (3.456, "loss", "3.46"),
         (-0.001, "loss", "0.00"),
-        (-0.27, "percent", "−27%"),
+        (-0.27, "percent", f"{MINUS}27%"),
         (0.996, "percent", "100%"),
         (0.884, "difference", "+0.88"),
-        (-0.22, "difference", "−0.22"),
+        (-0.22, "difference", f"{MINUS}0.22"),
         (0.001, "difference", "0.00"),
         (30.44, "tokens", "30.4"),
     ],
@@ -42,7 +42,7 @@ def test_numbers_have_sensible_digits(value: float, unit: str, text: str) -> Non
 
 def test_intervals_stand_in_brackets_without_the_unit() -> None:
     assert interval_text((0.58, 0.7), "percent") == "[58, 70]"
-    assert interval_text((-1.0, 2.0), "loss") == "[−1.00, 2.00]"
+    assert interval_text((-1.0, 2.0), "loss") == f"[{MINUS}1.00, 2.00]"
     assert interval_text(None, "loss") == ""
 
 
@@ -78,7 +78,7 @@ def test_ticks_are_inside_even_and_about_as_many_as_asked(low: float, width: flo
 
 def test_tick_words() -> None:
     assert [plots.tick_text(value, 500) for value in (0, 500, 1000, 1500)] == ["0", "500", "1k", "1.5k"]
-    assert plots.tick_text(3.3, 0.05) == "3.30" and plots.tick_text(-2, 1) == "−2"
+    assert plots.tick_text(3.3, 0.05) == "3.30" and plots.tick_text(-2, 1) == f"{MINUS}2"
 
 
 def test_scale_maps_ends_and_survives_equal_values() -> None:
@@ -144,10 +144,34 @@ def test_headline_method_follows_the_settings_then_sinks_then_any_rival() -> Non
     assert headline_method(audit.model_copy(update={"methods": []})) is None
 
 
+def test_labels_are_short_and_tell_methods_apart() -> None:
+    audit = synthetic_audit(1, ("standard", "sinks"))
+    sinks = audit.methods[1].model_copy(update={"label": "sinks (30% carved, 64 each)"})
+    others = [
+        sinks.model_copy(update={"method": f"sinks:grown=512,share_frac={share}"}) for share in (0.3, 0.5)
+    ]
+    one = with_short_labels(audit.model_copy(update={"methods": [audit.methods[0], sinks]}))
+    two = with_short_labels(audit.model_copy(update={"methods": others}))
+    assert [result.label for result in one.methods] == ["standard", "sinks"]
+    assert [result.label for result in two.methods] == ["sinks share_frac=0.3", "sinks share_frac=0.5"]
+
+
+def test_a_state_with_fewer_texts_does_not_rename_the_groups() -> None:
+    audit = synthetic_audit(1, ("sinks",))
+    seed = audit.methods[0].seeds[0]
+    smaller = seed.states[0].groups[0].model_copy(update={"num_examples": 8})
+    extra = seed.states[0].model_copy(update={"state": "exclude", "groups": [smaller]})
+    seeds = [seed.model_copy(update={"states": [*seed.states, extra]})]
+    method = audit.methods[0].model_copy(update={"seeds": seeds})
+    table = states_table(audit.model_copy(update={"methods": [method]}), "sinks", "s")
+    assert table is not None and table.columns[1].hint == "64 texts"
+    assert [cell.text for cell in table.rows[-1].cells[1:]] == ["", "", ""]
+
+
 def test_tables_hold_a_cell_for_every_column() -> None:
     audit = synthetic_audit(2, ("standard", "dedup", "sinks", "goldfish"))
     tables = [
-        methods_table(audit, "sinks", "m"),
+        methods_table(audit, "sinks", "m", ["sinks (x)"] * 4),
         states_table(audit, "sinks", "s"),
         extraction_table(audit, "sinks", "e", ["target"], "c"),
         extraction_table(audit, "sinks", "o", ["neighbour", "ordinary"], "c"),
@@ -160,7 +184,7 @@ def test_tables_hold_a_cell_for_every_column() -> None:
 
 
 def test_states_of_the_headline_come_first_and_the_shipped_one_stands_out() -> None:
-    table = states_table(synthetic_audit(1), "sinks", "s")
+    table = states_table(with_short_labels(synthetic_audit(1)), "sinks", "s")
     assert table is not None
     names = [row.name for row in table.rows]
     assert names[:5] == ["sinks, off", "sinks, own", "sinks, foreign", "sinks, all", "sinks, placebo"]
@@ -168,7 +192,7 @@ def test_states_of_the_headline_come_first_and_the_shipped_one_stands_out() -> N
 
 
 def test_tokens_equal_at_their_place_are_memorized() -> None:
-    shown = examples(synthetic_audit(1), "sinks")
+    shown = examples(with_short_labels(synthetic_audit(1)), "sinks")
     passages = {passage.name: passage for passage in shown[0].passages}
     assert passages["standard"].memorized_frac == passages["sinks, own"].memorized_frac == 1.0
     assert passages["sinks, off"].num_memorized == 1 and passages["sinks, off"].tokens[0].is_memorized

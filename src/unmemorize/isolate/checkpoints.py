@@ -95,7 +95,7 @@ def write_checkpoint(
         }
         write_json(partial / _STATE, state)
         _sync(partial)
-        os.replace(partial, final)
+        partial.replace(final)
         _sync(folder)
     _clear(folder, keep=final)
     return final

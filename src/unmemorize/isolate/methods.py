@@ -43,7 +43,7 @@ class MethodSettings:
     sinks: SinkSettings = field(
         default_factory=lambda: SinkSettings(share_frac=1.0, grown=2048, active_frac=None, sinks_per_id=64)
     )
-    """Layout of the pool, for sinks and gradient-masking. By default the model's neurons stay shared and a pool grows."""
+    """Layout of the pool, for sinks and gradient-masking; by default a pool grows and all other neurons are shared."""
     sinks_for: Literal["all", "repeated"] = "repeated"
     """Which documents open sinks: all (the paper's way), or those that occur more than once; others train without."""
     sink_learning_rate_scale: float = 1.0
@@ -57,7 +57,9 @@ class MethodSettings:
         if self.sinks_for not in ("all", "repeated"):
             raise ConfigError(f"sinks_for is {self.sinks_for!r}, expected all or repeated")
         if not self.sink_learning_rate_scale > 0:
-            raise ConfigError(f"sink_learning_rate_scale is {self.sink_learning_rate_scale}, expected above 0")
+            raise ConfigError(
+                f"sink_learning_rate_scale is {self.sink_learning_rate_scale}, expected above 0"
+            )
         if self.compute not in ("masked", "gathered"):
             raise ConfigError(f"compute is {self.compute!r}, expected masked or gathered")
         if self.goldfish_k < 2:

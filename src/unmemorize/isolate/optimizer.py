@@ -4,7 +4,8 @@ AdamW moves a weight whose gradient is zero, by stale momentum and by weight dec
 owners are not in the batch. `isolated_optimizer` takes a copy of the pool before each step and puts back every
 element whose gradient was exactly zero: weight and moments stay bit-identical. Because the test is the gradient
 itself, it holds under accumulation, clipping and data-parallel averaging (a sink that any rank used has a gradient
-on all ranks) and for any optimizer with element-wise state.
+on all ranks), for parameters sharded over ranks (each looks after the part it holds), and for any optimizer with
+element-wise state.
 
 The same copy gives sinks a learning rate of their own although they share a tensor with shared neurons.
 Source: ours; the drift is named in the fact sheets of MemSinks ports and of SGTM (arXiv 2512.05648).
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,18 +69,27 @@ def isolated_optimizer(
         row: site table row, for an architecture that the table does not know.
 
     Raises:
-        ConfigError: if the scale is not positive.
+        ConfigError: if the scale is not positive, or the optimizer holds none of the model's sinks.
     """
     if not sink_learning_rate_scale > 0:
         raise ConfigError(f"sink_learning_rate_scale is {sink_learning_rate_scale}, expected above 0")
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    parts = [part for part in pool_slices(model, plan, row) if id(part[0]) in held]
+    parts = [
+        (parameter, axis, _held_here(parameter, axis, pool))
+        for parameter, axis, pool in pool_slices(model, plan, row)
+        if id(parameter) in held
+    ]
+    if not parts:
+        raise ConfigError(
+            "the optimizer holds none of this model's sinks; build it from this model's parameters"
+        )
     before: list[list[Tensor]] = []
 
     def tensors(parameter: nn.Parameter) -> list[Tensor]:
         state = optimizer.state.get(parameter, {})
         moments = [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
-        return [parameter.data, *moments]
+        return [_local(tensor) for tensor in (parameter.data, *moments)]
 
     def remember(*_: object) -> None:
         before[:] = [
@@ -90,7 +101,7 @@ def isolated_optimizer(
         for (parameter, axis, s), old in zip(parts, before, strict=True):
             if parameter.grad is None:
                 continue
-            still = parameter.grad.narrow(axis, s.start, s.stop - s.start) == 0
+            still = _local(parameter.grad).narrow(axis, s.start, s.stop - s.start) == 0
             for number, tensor in enumerate(tensors(parameter)):
                 now = tensor.narrow(axis, s.start, s.stop - s.start)
                 # Moments that did not exist before the step start at zero.
@@ -106,6 +117,30 @@ def isolated_optimizer(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _local(tensor: Any) -> Tensor:
+    """Return the part of a tensor that this process holds, as a view: all of it unless it is sharded."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "placements") else tensor
+    return local
+
+
+def _held_here(parameter: nn.Parameter, axis: int, pool: slice) -> slice:
+    """Return where a slice of a parameter lies in the part that this process holds; empty if it lies elsewhere."""
+    data: Any = parameter.data
+    if not hasattr(data, "placements"):
+        return pool
+    from torch.distributed.tensor import distribute_tensor
+
+    numbers = torch.arange(data.shape[axis], device=data.device)
+    numbers = numbers.view([-1 if dim == axis else 1 for dim in range(data.dim())]).expand(data.shape)
+    # The same cut as the parameter's, made from numbers that every process knows, so that nothing is sent.
+    mine = _local(distribute_tensor(numbers, data.device_mesh, data.placements, src_data_rank=None))
+    if not mine.numel():
+        return slice(0, 0)
+    mine = mine.movedim(axis, 0).flatten(1)[:, 0] if data.dim() > 1 else mine
+    inside = ((mine >= pool.start) & (mine < pool.stop)).nonzero()
+    return slice(int(inside.min()), int(inside.max()) + 1) if len(inside) else slice(0, 0)
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:

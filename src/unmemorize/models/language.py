@@ -212,7 +212,7 @@ def load(
             raise ModelNotSupported(
                 f"cannot load {source} as a causal language model: {text[0] if text else type(error).__name__}"
             ) from error
-    model.eval()
+    model.train(False)
     if run_check:
         for result in check(model, row):
             if not result.passed:
@@ -229,7 +229,7 @@ def check(model: PreTrainedModel, row: MlpRow | None = None) -> list[CheckResult
     """
     sites = [mlp.site for mlp in find_mlps(model, row)]
     training = model.training
-    model.eval()
+    model.train(False)
     try:
         vocabulary = int(model.config.get_text_config().vocab_size)
         tokens = torch.arange(8, device=model.device).remainder(vocabulary).unsqueeze(0)

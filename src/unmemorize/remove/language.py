@@ -28,6 +28,7 @@ from unmemorize.models.language import (
 )
 from unmemorize.neurons import NeuronSet
 from unmemorize.remove.folders import in_plain_process, whole_folder, write_manifest
+from unmemorize.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,3 +121,10 @@ def prove_plain(folder: str | Path, tokens: Tensor) -> Tensor:
         SelfCheckFailed: if the folder does not load without this library.
     """
     return in_plain_process(_PLAIN_PROCESS, folder, [json.dumps(tokens.tolist())])["logits"]
+
+
+def tokenizer_beside(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that is stored in a model folder, or None if there is none."""
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return None
+    return load_tokenizer(folder)

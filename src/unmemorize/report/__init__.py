@@ -88,7 +88,7 @@ def _load_config(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _fill(**values: Any) -> str:  # noqa: ANN401 - whatever the template names
+def _fill(**values: Any) -> str:
     """Fill the page template; style and script come from files beside it."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -111,7 +111,7 @@ def _fill(**values: Any) -> str:  # noqa: ANN401 - whatever the template names
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
-def _asset(environment: Any, name: str) -> str:  # noqa: ANN401 - jinja2 is imported lazily
+def _asset(environment: Any, name: str) -> str:
     assert environment.loader is not None
     source: str = environment.loader.get_source(environment, name)[0]
     return source

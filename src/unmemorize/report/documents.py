@@ -36,7 +36,7 @@ def document_columns(audit: Audit, headline: str) -> list[DocumentColumn]:
         }
         ordered = [state for state in STATES if state in states]
         ordered += sorted(states - set(ordered))
-        label = result.label or result.method
+        label = result.label
         columns += [
             (result.method, state, label if state == "plain" else f"{label}, {state}") for state in ordered
         ]
@@ -202,7 +202,7 @@ def _example(pairs: list[tuple[MethodResult, Continuation]]) -> Example:
     )
     passages = [truth]
     for result, one in pairs:
-        label = result.label or result.method
+        label = result.label
         states = sorted(one.generated, key=lambda state: list(STATES).index(state) if state in STATES else 99)
         for state in states:
             name = label if state == "plain" else f"{label}, {state}"

@@ -190,7 +190,7 @@ def _mark(point: Point, canvas: Canvas) -> Markup:
 def _label_text(point: Point, num_runs: int, canvas: Canvas) -> str:
     on_curve = point.repeats is not None and math.isfinite(point.repeats) and point.repeats > 1
     text = f"{point.repeats:.0f}\N{MULTIPLICATION SIGN}" if on_curve else point.label
-    limit = 16 if canvas.layout.is_narrow else 32
+    limit = 22 if canvas.layout.is_narrow else 32
     text = text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
     return f"{text} {run_letter(point.run)}" if num_runs > 1 else text
 

@@ -6,9 +6,11 @@ Source: ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from unmemorize.records import Audit, Measure, MethodResult
 from unmemorize.report.measures import Cell, Unit, measure_cell, over_seeds
-from unmemorize.report.tables import Column, Row, Table, count_text, settings_text, time_text
+from unmemorize.report.tables import Column, Row, Table, count_text, time_text
 
 HEADLINES: dict[str, tuple[str, Unit]] = {
     "validation_loss_nats": ("Validation loss, nats", "loss"),
@@ -18,7 +20,27 @@ HEADLINES: dict[str, tuple[str, Unit]] = {
     "extraction_rate_frac": ("Extracted", "percent"),
     "beyond_curve_nats": ("Beyond the curve, nats", "difference"),
 }
-COSTS = ("Seeds", "Parameters", "Tokens/s", "Time a seed")
+COSTS = ("Seeds", "Parameters", "Tokens/s", "Training time")
+
+
+def with_short_labels(audit: Audit) -> Audit:
+    """Shorten labels for plots and tables: the words before a bracket, or else what tells methods of a kind apart."""
+    heads = [result.label.partition(" (")[0] or result.method for result in audit.methods]
+    methods = [
+        result.model_copy(update={"label": head if heads.count(head) == 1 else _distinct_name(result, audit)})
+        for result, head in zip(audit.methods, heads, strict=True)
+    ]
+    return audit.model_copy(update={"methods": methods})
+
+
+def _distinct_name(result: MethodResult, audit: Audit) -> str:
+    """`KIND a=1` for `KIND:a=1,b=2` when every other changed method of this kind has b=2 as well."""
+    kind, _, changes = result.method.partition(":")
+    others = [
+        one.method.removeprefix(f"{kind}:") for one in audit.methods if one.method.startswith(f"{kind}:")
+    ]
+    shared = set.intersection(*(set(one.split(",")) for one in others)) if len(others) > 1 else set()
+    return f"{kind} {', '.join(part for part in changes.split(',') if part not in shared)}".strip()
 
 
 def headline_measure(result: MethodResult, field: str) -> Measure | None:
@@ -32,18 +54,20 @@ def headline_cell(result: MethodResult, field: str, *, full: float | None = None
     return Cell(text="") if measure is None else measure_cell(measure, unit, full=full, tone=_tone(field))
 
 
-def methods_table(audit: Audit, headline: str, ident: str) -> Table:
-    """All methods with their five headline figures, settings and cost."""
+def methods_table(audit: Audit, headline: str, ident: str, long_labels: Sequence[str]) -> Table:
+    """All methods with their headline figures and cost; a long label stands below the short one."""
     fields = [name for name in HEADLINES if any(headline_measure(one, name) for one in audit.methods)]
+    if audit.kind == "model":
+        fields = [name for name in fields if name not in ("gap_closed_frac", "repetition_benefit_kept_frac")]
     fulls = {name: _full_bar(audit, name) for name in fields}
     same = _shared_costs(audit)
     rows = []
-    for result in audit.methods:
+    for result, long_label in zip(audit.methods, long_labels, strict=True):
         figures = [headline_cell(result, name, full=fulls[name]) for name in fields]
         rows.append(
             Row(
-                name=result.label or result.method,
-                hint=settings_text(result.settings),
+                name=result.label,
+                hint=long_label.removeprefix(result.label).strip(" ()"),
                 cells=(*figures, *[cell for name, cell in _costs(result).items() if name not in same]),
                 is_strong=result.method == headline,
             )
@@ -95,7 +119,9 @@ def _shared_costs(audit: Audit) -> set[str]:
 
 
 def _seed_note(audit: Audit) -> str:
+    if audit.kind == "model":
+        return "Brackets: 95% intervals over documents."
     counts = {len(result.seeds) for result in audit.methods}
     if counts == {1}:
-        return "One seed: intervals are over documents, and say nothing about another training run."
-    return "Intervals in brackets are 95%, over seeds."
+        return "Brackets: 95% intervals over documents; one seed, so they say nothing about another training run."
+    return "Brackets: 95% intervals over seeds."

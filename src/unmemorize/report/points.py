@@ -85,7 +85,7 @@ def frontier_points(audit: Audit, run: int = 0, headline: str = "") -> list[Poin
         points.append(
             Point(
                 method=result.method,
-                label=result.label or result.method,
+                label=result.label,
                 run=run,
                 x=_value_or_mean(x, [seed[0] for seed in seeds]),
                 y=_value_or_mean(y, [seed[1] for seed in seeds]),
@@ -128,7 +128,7 @@ def _words(result: MethodResult) -> str:
     parts = [f"{name} {cell.text} {cell.detail}".strip() for name, cell in cells if not cell.is_refused]
     figures = f"{', '.join(parts)} nats, " if parts else ""
     count = len(result.seeds)
-    return f"{result.label or result.method}: {figures}{count} seed{'s' if count != 1 else ''}"
+    return f"{result.label}: {figures}{count} seed{'s' if count != 1 else ''}"
 
 
 def curve_of(points: Sequence[Point], run: int) -> list[Point]:

@@ -60,14 +60,13 @@ POOLED_NOTE = (
 
 
 def _group_columns(results: Sequence[MethodResult], groups: Sequence[str]) -> list[Column]:
-    sizes = {
-        group.group: group.num_examples
-        for result in results
-        for seed in result.seeds
-        for state in seed.states
-        for group in state.groups
-    }
-    return [Column(name=GROUPS[name], hint=f"{sizes[name]} texts") for name in groups]  # type: ignore[index]
+    sizes: dict[str, int] = {}
+    for result in results:
+        for seed in result.seeds:
+            for state in seed.states:
+                for group in state.groups:
+                    sizes.setdefault(group.group, group.num_examples)
+    return [Column(name=GROUPS[name], hint=f"{sizes[name]} texts") for name in groups]
 
 
 def _groups_of(result: MethodResult) -> set[str]:
@@ -105,7 +104,7 @@ def _group_cell(states: Sequence[StateResult], group: str, full: float) -> Cell:
 def _state_row(
     result: MethodResult, state: StateResult, cells: Sequence[Cell], place: int, headline: str
 ) -> Row:
-    label = result.label or result.method
+    label = result.label
     name = label if state.state == "plain" else f"{label}, {state.state}"
     hint = state.description or ("" if state.state == "plain" else STATES[state.state])
     if state.rescaled:

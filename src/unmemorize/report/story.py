@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from markupsafe import Markup
@@ -18,7 +19,7 @@ from unmemorize.records import Audit, MethodResult
 from unmemorize.report import curves, frontier, points
 from unmemorize.report.documents import Example, documents_table, examples
 from unmemorize.report.measures import Cell
-from unmemorize.report.methods import headline_cell, methods_table
+from unmemorize.report.methods import HEADLINES, headline_cell, methods_table, with_short_labels
 from unmemorize.report.states import extraction_table, states_table
 from unmemorize.report.tables import Table, count_text, flatten, settings_table, time_text
 
@@ -31,6 +32,7 @@ class Figure:
     """One large number with the sentence that explains it."""
 
     cell: Cell
+    name: str
     title: str
     explanation: str
 
@@ -66,6 +68,7 @@ class Run:
     changes: tuple[Change, ...]
     done: tuple[str, ...]
     frontier: tuple[Markup, ...]
+    frontier_note: str
     panels: tuple[Panel, ...]
     methods: Table
     states: Table | None
@@ -99,6 +102,7 @@ def run_of(audit: Audit, config: Mapping[str, Any] | None, index: int, num_runs:
         index: place of the run in the report, from 0.
         num_runs: number of runs in the report.
     """
+    original, audit = audit, with_short_labels(audit)
     result = headline_method(audit)
     headline = result.method if result else ""
     ident = f"r{index + 1}"
@@ -109,13 +113,14 @@ def run_of(audit: Audit, config: Mapping[str, Any] | None, index: int, num_runs:
         letter=points.run_letter(index) if num_runs > 1 else "",
         title=audit.title,
         verdict=audit.verdict,
-        headline=(result.label or result.method) if result else "",
+        headline=(result.label) if result else "",
         figures=_figures(audit, result),
         changes=_changes(audit, result),
         done=_done(audit),
         frontier=frontier_pictures([audit], f"{ident}-frontier"),
+        frontier_note=_frontier_note(audit, result),
         panels=_panels(audit, headline, ident),
-        methods=methods_table(audit, headline, f"{ident}-methods"),
+        methods=methods_table(audit, headline, f"{ident}-methods", [one.label for one in original.methods]),
         states=states_table(audit, headline, f"{ident}-states"),
         extraction=extraction_table(
             audit, headline, f"{ident}-extraction", groups, "Verbatim extraction of target texts"
@@ -130,7 +135,7 @@ def run_of(audit: Audit, config: Mapping[str, Any] | None, index: int, num_runs:
         settings=settings_table(_all_settings(audit, config), f"{ident}-settings", "Settings"),
         environment=settings_table(flatten(audit.environment), f"{ident}-versions", "Versions and machine"),
         limits=tuple(audit.limits),
-        audit_json=_embedded(audit),
+        audit_json=_embedded(original),
     )
 
 
@@ -174,7 +179,9 @@ def _figures(audit: Audit, result: MethodResult | None) -> tuple[Figure, ...]:
             ),
         ]
     return tuple(
-        Figure(cell=headline_cell(result, field), title=title, explanation=explanation)
+        Figure(
+            cell=headline_cell(result, field), name=HEADLINES[field][0], title=title, explanation=explanation
+        )
         for field, title, explanation in wanted
     )
 
@@ -202,7 +209,7 @@ def _done(audit: Audit) -> tuple[str, ...]:
     model = f" of {count_text(sizes[-1])} parameters" if sizes else ""
     sentences = []
     if audit.kind == "training":
-        names = [result.label or result.method for result in audit.methods]
+        names = [result.label for result in audit.methods]
         kept = sum(seed.train_s for seed in seeds)
         per_method = sorted({len(result.seeds) for result in audit.methods})
         count = (
@@ -218,7 +225,7 @@ def _done(audit: Audit) -> tuple[str, ...]:
             + (f", {time_text(kept)} of training in all." if kept else ".")
         )
     elif seeds:
-        names = [result.label or result.method for result in audit.methods]
+        names = [result.label for result in audit.methods]
         sentences.append(f"One look at {', '.join(names)}{', a model' + model if model else ''}.")
     sentences.append(
         "Every figure is for the state a model would be shipped in, unless a table names another."
@@ -227,31 +234,30 @@ def _done(audit: Audit) -> tuple[str, ...]:
 
 
 def _data_sentence(audit: Audit) -> str:
-    found = {name: _find(audit.settings, name) for name in _DATA_WORDS}
+    """Where the text came from and how often it was seen, as far as the settings tell."""
+    names = ("num_repeated", "repeats", "num_once", "num_validation")
+    repeated, repeats, once, validation = (_find(audit.settings, name) for name in names)
     parts = [
-        words.format(found[name], found.get("repeats")) for name, words in _DATA_WORDS.items() if found[name]
+        f"{repeated:,} documents repeated {repeats:,} times" if repeated and repeats else "",
+        f"{once:,} seen once" if once else "",
+        f"{validation:,} held back for validation" if validation else "",
     ]
-    if not found["repeats"]:
-        parts = [part for part in parts if "None" not in part]
-    if not parts:
-        return ""
-    corpus = found["corpus"] or "one corpus"
-    return f"Text from {corpus}: {', '.join(part for part in parts if part)}."
+    corpus = _corpus_name(audit.settings.get("corpus"))
+    return f"Text from {corpus}: {', '.join(filter(None, parts))}." if any(parts) else ""
 
 
-_DATA_WORDS = {
-    "corpus": "",
-    "repeats": "",
-    "num_repeated": "{0:,} documents repeated {1:,} times",
-    "num_once": "{0:,} seen once",
-    "num_validation": "{0:,} held back for validation",
-}
+def _corpus_name(corpus: object) -> str:
+    """A file's name without its folders; the corpus may be a path or settings with a path."""
+    path = corpus.get("path") if isinstance(corpus, Mapping) else corpus
+    if path == "python-docs":
+        return "Python's own documentation"
+    return PurePath(path).name if isinstance(path, str) and path else "one corpus"
 
 
-def _find(settings: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401 - settings hold any JSON value
-    """The first setting of this name, at any depth, if it has the kind of value that is expected."""
+def _find(settings: Mapping[str, Any], name: str) -> int | None:
+    """The first whole number of this name, at any depth."""
     for key, value in settings.items():
-        if key == name and isinstance(value, str if name == "corpus" else int):
+        if key == name and isinstance(value, int):
             return value
         if isinstance(value, Mapping) and (found := _find(value, name)) is not None:
             return found
@@ -261,7 +267,7 @@ def _find(settings: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401 - sett
 def frontier_pictures(audits: list[Audit], ident: str) -> tuple[Markup, ...]:
     """The frontier for wide and for narrow screens; empty when fewer than two methods can be placed."""
     placed: list[points.Point] = []
-    for run, audit in enumerate(audits):
+    for run, audit in enumerate(map(with_short_labels, audits)):
         result = headline_method(audit)
         placed += points.frontier_points(audit, run, result.method if result else "")
     if len(placed) < 2:
@@ -271,6 +277,22 @@ def frontier_pictures(audits: list[Audit], ident: str) -> tuple[Markup, ...]:
         frontier.frontier(placed, layout, ident=f"{ident}-{place}", description=description)
         for place, layout in enumerate((frontier.WIDE, frontier.NARROW))
     )
+
+
+def _frontier_note(audit: Audit, result: MethodResult | None) -> str:
+    """What the marks mean, as far as this audit has them."""
+    counts = {len(one.seeds) for one in audit.methods}
+    crosses = "over documents" if counts == {1} else "over seeds"
+    notes = [f"Crosses are 95% intervals {crosses}."]
+    if counts != {1}:
+        notes = ["Large marks are means over seeds, small dots single seeds.", *notes]
+    if any(points.repeats_of(one.method) is not None for one in audit.methods):
+        notes.append(
+            "On the curve: dedup sees a document once, 8\N{MULTIPLICATION SIGN} at most eight times, standard always."
+        )
+    if result is not None and headline_cell(result, "beyond_curve_nats").value is not None:
+        notes.append(f"The dashed line is the distance of {result.label} from the curve.")
+    return " ".join(notes)
 
 
 def _panels(audit: Audit, headline: str, ident: str) -> tuple[Panel, ...]:
@@ -284,7 +306,7 @@ def _panels(audit: Audit, headline: str, ident: str) -> tuple[Panel, ...]:
     losses = (max(0.0, min(late) - pad), max(late) + pad)
     return tuple(
         Panel(
-            title=result.label or result.method,
+            title=result.label,
             picture=curves.learning_panel(result, steps=steps, losses=losses, ident=f"{ident}-curve{place}"),
             is_headline=result.method == headline,
         )
@@ -293,11 +315,17 @@ def _panels(audit: Audit, headline: str, ident: str) -> tuple[Panel, ...]:
 
 
 def _all_settings(audit: Audit, config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """The audit's settings, then what a method changed, then what only `config.json` says."""
     pairs = flatten(audit.settings)
-    known = set(pairs)
-    return pairs + [
-        (f"config.{name}", value) for name, value in flatten(config or {}) if (name, value) not in known
-    ]
+    known = {(name.rpartition(".")[2], value) for name, value in pairs}
+    more = [(result.label, flatten(result.settings)) for result in audit.methods]
+    for owner, found in [*more, ("config", flatten(config or {}))]:
+        pairs += [
+            (f"{owner}.{name}", value)
+            for name, value in found
+            if (name.rpartition(".")[2], value) not in known
+        ]
+    return pairs
 
 
 def _embedded(audit: Audit) -> str:

@@ -46,12 +46,6 @@ class Table:
     note: str = ""
 
 
-def settings_text(settings: Mapping[str, Any]) -> str:
-    """One line of `name value` pairs."""
-    pairs = flatten(settings)
-    return ", ".join(f"{name} {value}" for name, value in pairs)
-
-
 def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as dotted names and worded values, in the order given."""
     pairs: list[tuple[str, str]] = []
@@ -64,7 +58,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return pairs
 
 
-def _plain(item: Any) -> str:  # noqa: ANN401 - settings hold any JSON value
+def _plain(item: Any) -> str:
     if isinstance(item, bool):
         return "yes" if item else "no"
     if isinstance(item, int):
