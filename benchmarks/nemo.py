@@ -39,7 +39,9 @@ def main() -> None:
     compat = NemoSettings(mode="compat", is_reusing=not arguments.literal)
     localize(pipe, [prompts[0]["text"]], statistics)  # libraries are imported outside the clock
     print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}\n")
-    print("| prompt | compat asks | fast | ratio | compat s | fast s | ratio | compat neurons | fast neurons |")
+    print(
+        "| prompt | compat asks | fast | ratio | compat s | fast s | ratio | compat neurons | fast neurons |"
+    )
     print("| --- " * 9 + "|")
     totals = [0, 0, 0.0, 0.0]
     for prompt in prompts:
@@ -52,7 +54,8 @@ def main() -> None:
         asked, used = slow.cost.sample_forwards, quick.cost.sample_forwards
         totals = [a + b for a, b in zip(totals, (asked, used, slow_s, quick_s), strict=True)]
         sets = [
-            " ".join(f"{layer}:{index}" for layer, chosen in enumerate(result.refined) for index in chosen) or "-"
+            " ".join(f"{layer}:{index}" for layer, chosen in enumerate(result.refined) for index in chosen)
+            or "-"
             for result in (slow, quick)
         ]
         print(
