@@ -378,3 +378,27 @@ def _restore_forward(module: nn.Module, before: Any) -> None:
         del module.forward
     else:
         module.forward = before
+
+
+class _FirstCall(Exception):
+    """Carries the arguments of a call out of the code that made it."""
+
+
+def first_arguments(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what `run` hands to a module's first call; the call is not made and `run` does not finish.
+
+    Raises:
+        SitesNotFound: if `run` finishes without calling the module.
+    """
+
+    def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _FirstCall(args, kwargs)
+
+    handle = module.register_forward_pre_hook(leave, with_kwargs=True)
+    try:
+        run()
+    except _FirstCall as call:
+        return call.args[0], call.args[1]
+    finally:
+        handle.remove()
+    raise SitesNotFound(f"{type(module).__name__} was never called; pass the pipeline that uses it")

@@ -282,7 +282,7 @@ def test_two_points_are_no_curve() -> None:
 
 def test_verdict_beyond() -> None:
     audit = audit_of(make_runs(TRIAL))
-    assert audit.verdict.startswith("With sinks off, 33 % [")
+    assert audit.verdict.startswith("With sinks off, 33% [")
     assert " of the memorization gap is closed while " in audit.verdict
     assert " of the repetition benefit stays; the cap:R curve at the same validation loss " in audit.verdict
     assert audit.verdict.endswith("sinks lies beyond the curve.")
@@ -306,7 +306,7 @@ def test_verdict_behind_and_level() -> None:
 
 def test_verdict_of_one_seed_says_what_its_interval_covers() -> None:
     audit = audit_of(make_runs(TRIAL, seeds=1))
-    assert audit.verdict.startswith("With sinks off, 33 % [")
+    assert audit.verdict.startswith("With sinks off, 33% [")
     assert audit.verdict.endswith("(one training run; intervals are over documents, not over trainings).")
     assert (
         method_of(audit, "sinks").summary.gap_closed_frac.refused == "1 seed; an interval over seeds needs 3"
@@ -316,8 +316,8 @@ def test_verdict_of_one_seed_says_what_its_interval_covers() -> None:
 
 def test_verdict_of_two_seeds_gives_both() -> None:
     verdict = audit_of(make_runs(TRIAL, seeds=2)).verdict
-    assert verdict.startswith("With sinks off, 33 % [")
-    assert "] and 33 % [" in verdict
+    assert verdict.startswith("With sinks off, 33% [")
+    assert "] and 33% [" in verdict
     assert "against the cap:R curve it is not judged (2 seeds; an interval over seeds needs 3)" in verdict
 
 

@@ -93,7 +93,7 @@ def _lead(method: MethodResult, methods: Sequence[MethodResult]) -> str:
     best = min(_mean_validation(other) for other in curve)
     return (
         f"; no point of the cap:R curve reaches its validation loss ({_mean_validation(method):.2f} against "
-        f"{best:.2f} nats at best, in every seed): it lies beyond the curve"
+        f"{best:.2f} nats at best{', in every seed' if len(method.seeds) > 1 else ''}): it lies beyond the curve"
     )
 
 
@@ -141,7 +141,7 @@ def _share(summary: Measure, seeds: Sequence[Measure]) -> str | None:
 def _percent(measure: Measure) -> str:
     assert measure.value is not None, "the caller has looked"
     interval = f" [{100 * measure.ci95[0]:.0f}, {100 * measure.ci95[1]:.0f}]" if measure.ci95 else ""
-    return f"{100 * measure.value:.0f} %{interval}"
+    return f"{100 * measure.value:.0f}%{interval}"
 
 
 def _loss(summary: Measure, seeds: Sequence[Measure]) -> str:

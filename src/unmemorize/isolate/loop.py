@@ -39,7 +39,7 @@ from unmemorize.isolate.steps import (
     micro_batches,
     moved,
 )
-from unmemorize.models.language import quiet_transformers
+from unmemorize.models.base import quiet_transformers
 from unmemorize.records import Progress, ProgressCallback
 
 if TYPE_CHECKING:

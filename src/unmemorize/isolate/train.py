@@ -48,7 +48,8 @@ from unmemorize.isolate.runs import (
 )
 from unmemorize.isolate.settings import PRESETS, ModelSettings, RecordSettings, TrainSettings
 from unmemorize.isolate.steps import Row, require_packing
-from unmemorize.models.language import load, quiet_transformers
+from unmemorize.models.base import quiet_transformers
+from unmemorize.models.language import load
 from unmemorize.records import Progress, ProgressCallback
 from unmemorize.tokenizer import encode_documents, load_tokenizer, train_tokenizer
 

@@ -11,9 +11,7 @@ zeros changes something, and a folded gate equals the gate at run time.
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,15 +19,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from unmemorize.errors import (
-    ConfigError,
-    ModelNotSupported,
-    NeuronSetMismatch,
-    SelfCheckFailed,
-    SitesNotFound,
+from unmemorize.errors import ConfigError, ModelNotSupported, SelfCheckFailed, SitesNotFound
+from unmemorize.gates import is_transposed, module_at, site_width
+from unmemorize.models.base import (
+    CheckResult,
+    fingerprint_of,
+    gate_checks,
+    quiet_transformers,
+    require_match,
+    signature_of,
 )
-from unmemorize.gates import closed, folded, gated, is_transposed, module_at, site_width
-from unmemorize.neurons import NeuronSet, Site, same_model
+from unmemorize.neurons import NeuronSet, Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -167,32 +167,18 @@ def find_mlps(model: nn.Module, row: MlpRow | None = None) -> tuple[Mlp, ...]:
 def signature(model: nn.Module, row: MlpRow | None = None) -> str:
     """Name an architecture with its widths: "language/llama-1a2b3c4d-*", valid for any of its weights."""
     sites = [mlp.site for mlp in find_mlps(model, row)]
-    text = ";".join(f"{s.path}:{s.side}:{s.start}:{s.width}" for s in sites)
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    return f"language/{kind}-{hashlib.sha256(text.encode()).hexdigest()[:8]}-*"
+    kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    return signature_of("language", kind, sites)
 
 
 def fingerprint(model: nn.Module, row: MlpRow | None = None) -> str:
     """Name a model by architecture and weights; equal weights in equal dtype give equal names anywhere."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(data.view(torch.uint8).numpy().tobytes() if data.numel() else b"")
-    return signature(model, row)[:-1] + digest.hexdigest()[:16]
+    return fingerprint_of(signature(model, row), model)
 
 
 def require_same_model(neurons: NeuronSet, model: nn.Module, row: MlpRow | None = None) -> None:
     """Raise `NeuronSetMismatch` unless a neuron set was made for this model."""
-    ours = signature(model, row)
-    if same_model(neurons.model_id, ours) and neurons.model_id.endswith("-*"):
-        return
-    ours = fingerprint(model, row)
-    if not same_model(neurons.model_id, ours):
-        raise NeuronSetMismatch(
-            f"the neuron set was made for {neurons.model_id}, this model is {ours}; "
-            "use the model it was made for, or make the set again"
-        )
+    require_match(neurons, signature(model, row), lambda: fingerprint(model, row))
 
 
 def load(
@@ -234,27 +220,14 @@ def load(
     return model
 
 
-@dataclass(frozen=True, slots=True)
-class CheckResult:
-    """Outcome of one self-check: its name, whether it held, and the numbers."""
-
-    name: str
-    passed: bool
-    detail: str
-
-
 @torch.no_grad()
 def check(model: PreTrainedModel, row: MlpRow | None = None) -> list[CheckResult]:
     """Prove on a tiny input that the table row fits the model.
 
     Returns:
-        Four results: sites exist; a gate of ones is the identity (bit for bit); a gate of zeros at any single
-        layer changes the logits; the gate at run time equals the folded weights (largest difference at most
-        1e-4 of the largest logit in float32, 2e-2 in half precisions).
+        The four results of `gate_checks`, on the logits of eight tokens.
     """
-    mlps = find_mlps(model, row)
-    sites = [mlp.site for mlp in mlps]
-    results = [CheckResult("sites exist", True, f"{len(sites)} sites, {sum(s.width for s in sites)} neurons")]
+    sites = [mlp.site for mlp in find_mlps(model, row)]
     training = model.training
     model.train(False)
     try:
@@ -265,33 +238,9 @@ def check(model: PreTrainedModel, row: MlpRow | None = None) -> list[CheckResult
             output: Tensor = candidate(input_ids=tokens, use_cache=False).logits
             return output.float()
 
-        plain = logits(model)
-        with gated(model, {site: torch.ones(site.width) for site in sites}):
-            difference = (logits(model) - plain).abs().max().item()
-        results.append(
-            CheckResult("ones are the identity", difference == 0.0, f"difference {difference:.3g}")
-        )
-
-        unmoved: list[str] = []
-        for site in sites:
-            with gated(model, {site: torch.zeros(site.width)}):
-                if torch.equal(logits(model), plain):
-                    unmoved.append(site.path)
-        results.append(
-            CheckResult("zeros are not", not unmoved, f"no effect at {', '.join(unmoved) or 'no site'}")
-        )
-
-        half = NeuronSet(signature(model, row), {site: tuple(range(0, site.width, 2)) for site in sites})
-        with gated(model, closed(half)):
-            at_run_time = logits(model)
-        difference = (logits(folded(model, closed(half))) - at_run_time).abs().max().item()
-        allowed = (1e-4 if model.dtype == torch.float32 else 2e-2) * max(1.0, plain.abs().max().item())
-        results.append(
-            CheckResult("gate equals fold", difference <= allowed, f"{difference:.3g} <= {allowed:.3g}")
-        )
+        return gate_checks(model, sites, logits, signature(model, row))
     finally:
         model.train(training)
-    return results
 
 
 def resized(
@@ -351,20 +300,3 @@ def _select(tensor: Tensor, chosen: Tensor, axis: int) -> Tensor:
         .masked_fill_((chosen < 0).view(-1, *[1] * (tensor.dim() - 1)), 0)
         .movedim(0, axis)
     )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and load reports for a while; its settings are restored."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if had_bars:
-            logging.enable_progress_bar()

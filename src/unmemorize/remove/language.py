@@ -10,35 +10,28 @@ neurons than others are filled up with neurons of zeros. Both compute what the m
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from unmemorize.errors import ConfigError, RunFolderError, SelfCheckFailed
-from unmemorize.files import write_json
+from unmemorize.errors import ConfigError
 from unmemorize.gates import closed, folded
+from unmemorize.models.base import quiet_transformers
 from unmemorize.models.language import (
     MlpRow,
     find_mlps,
     fingerprint,
-    quiet_transformers,
     require_same_model,
     resized,
 )
 from unmemorize.neurons import NeuronSet
+from unmemorize.remove.folders import in_plain_process, whole_folder, write_manifest
 from unmemorize.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-REMOVAL_FORMAT = "unmemorize.removal"
-REMOVAL_VERSION = 1
 
 
 def fold(model: PreTrainedModel, neurons: NeuronSet, *, row: MlpRow | None = None) -> PreTrainedModel:
@@ -88,37 +81,17 @@ def export(
     Raises:
         RunFolderError: if the destination holds something, or cannot be written.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(f"{folder} already holds something; choose a new folder or empty it")
-    partial: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
+    with whole_folder(folder) as partial:
         with quiet_transformers():
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-        header = {"format": REMOVAL_FORMAT, "format_version": REMOVAL_VERSION}
-        write_json(partial / "unmemorize.json", {**header, **manifest, "result": fingerprint(model)})
-        partial.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-        partial = None
-    except OSError as error:
-        raise RunFolderError(
-            f"cannot write {folder}: {error.strerror or error}; free space or choose another folder"
-        ) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-    return folder
+        write_manifest(partial, manifest, fingerprint(model))
+    return Path(folder)
 
 
 _PLAIN_PROCESS = """
 import json, sys
-sys.modules["unmemorize"] = None
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -147,20 +120,7 @@ def prove_plain(folder: str | Path, tokens: Tensor) -> Tensor:
     Raises:
         SelfCheckFailed: if the folder does not load without this library.
     """
-    from safetensors.torch import load_file
-
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "logits.safetensors"
-        arguments = [str(folder), json.dumps(tokens.tolist()), str(out)]
-        done = subprocess.run(
-            [sys.executable, "-c", _PLAIN_PROCESS, *arguments], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines()
-            raise SelfCheckFailed(
-                f"{folder} does not load without unmemorize: {lines[-1] if lines else 'no message'}"
-            )
-        return load_file(out)["logits"]
+    return in_plain_process(_PLAIN_PROCESS, folder, [json.dumps(tokens.tolist())])["logits"]
 
 
 def tokenizer_beside(folder: str | Path) -> PreTrainedTokenizerBase | None:

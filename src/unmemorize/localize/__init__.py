@@ -1,0 +1,1 @@
+"""Localize: which neurons of a trained model hold what it memorized."""

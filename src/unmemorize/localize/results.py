@@ -1,0 +1,195 @@
+"""What localization found for each example and what it cost, as a value and as files. Knows no model.
+
+A run folder gets `localization.json` (settings and what they refer to), `localization.jsonl` (one example a line,
+appended as they are found, so that an interrupted run continues), `localization.csv` and `neurons.json`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unmemorize.errors import FileFormatError, RunFolderError
+from unmemorize.files import append_json_line, read_json, read_json_lines, write_atomic, write_json
+from unmemorize.localize.search import Entries, Trial
+from unmemorize.neurons import NeuronSet, Site, union
+
+LOCALIZATION_FORMAT = "unmemorize.localization"
+LOCALIZATION_VERSION = 1
+
+
+@dataclass(slots=True)
+class Cost:
+    """What was spent on a prompt.
+
+    Attributes:
+        sample_forwards: denoiser passes times samples that the method asks for (twice that with guidance).
+        denoiser_calls: passes that it asks for, each of any number of samples.
+        sample_forwards_run: those that were computed and not looked up.
+        denoiser_calls_run: the same for passes.
+        seconds: wall time, in seconds.
+    """
+
+    sample_forwards: int = 0
+    denoiser_calls: int = 0
+    sample_forwards_run: int = 0
+    denoiser_calls_run: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptResult:
+    """What was found for one prompt.
+
+    Attributes:
+        prompt: the prompt.
+        is_memorized: whether any sample passed the gate.
+        best_pair: largest similarity between two samples, unitless.
+        kept: samples that passed the gate.
+        initial: entries that broke the memory first, by site (copies included in compat mode).
+        initial_score: largest score with them off, unitless.
+        refined: entries that are left, by site.
+        refined_score: largest score with them off, unitless.
+        refined_scores: the same per kept sample.
+        threshold: the threshold that refinement used, unitless.
+        is_replaced: whether no candidate set reached the threshold, so that the score reached took its place.
+        cost: what it took.
+        pairs: similarities between samples, in order of the pairs.
+        selection: compat and paper: every candidate set tried.
+        layer_trials: compat and paper: layers left out.
+        neuron_trials: compat and paper: entries left out.
+    """
+
+    prompt: str
+    is_memorized: bool
+    best_pair: float
+    kept: tuple[int, ...] = ()
+    initial: Entries = ()
+    initial_score: float = 0.0
+    refined: Entries = ()
+    refined_score: float = 0.0
+    refined_scores: tuple[float, ...] = ()
+    threshold: float = 0.0
+    is_replaced: bool = False
+    cost: Cost = field(default_factory=Cost)
+    pairs: tuple[float, ...] = ()
+    selection: tuple[Trial, ...] = ()
+    layer_trials: tuple[Trial, ...] = ()
+    neuron_trials: tuple[Trial, ...] = ()
+
+    def neurons(self, model_id: str, sites: Sequence[Site]) -> NeuronSet:
+        """Return the refined neurons as a set."""
+        return NeuronSet(model_id, dict(zip(sites, self.refined, strict=True)) if self.refined else {})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain data; an infinite theta becomes null."""
+        value: dict[str, Any] = _finite(asdict(self))
+        return value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
+
+
+def result_from_json(value: dict[str, Any]) -> PromptResult:
+    """Read a result back.
+
+    Raises:
+        FileFormatError: if a field is missing or of another kind.
+    """
+
+    def tuples(part: Any) -> Any:
+        return tuple(tuples(item) for item in part) if isinstance(part, list) else part
+
+    def trial(part: dict[str, Any]) -> Trial:
+        fields = {name: tuples(item) for name, item in part.items()}
+        fields["label"] = tuple(math.inf if item is None else item for item in fields["label"])
+        return Trial(**fields)
+
+    try:
+        fields = {name: tuples(item) for name, item in value.items()}
+        for name in ("selection", "layer_trials", "neuron_trials"):
+            fields[name] = tuple(trial(part) for part in value[name])
+        return PromptResult(**{**fields, "cost": Cost(**value["cost"])})
+    except (KeyError, TypeError) as error:
+        raise FileFormatError(
+            f"a line of localization.jsonl does not fit ({error}); start a new folder"
+        ) from error
+
+
+def start_folder(folder: str | Path, header: dict[str, Any]) -> dict[str, PromptResult]:
+    """Begin or continue a run folder; returns the results it already holds, by prompt.
+
+    Raises:
+        RunFolderError: if the folder holds a run with other settings.
+        FileFormatError: if a file of it is damaged.
+    """
+    folder = Path(folder)
+    header = {"format": LOCALIZATION_FORMAT, "format_version": LOCALIZATION_VERSION, **_finite(header)}
+    settings, lines = folder / "localization.json", folder / "localization.jsonl"
+    if not settings.exists():
+        write_json(settings, header)
+        return {}
+    stored = read_json(settings, format=LOCALIZATION_FORMAT, version=LOCALIZATION_VERSION)
+    if stored != header:
+        changed = [name for name in header if stored.get(name) != header[name]]
+        raise RunFolderError(
+            f"{folder} holds another run ({', '.join(changed) or 'other fields'} differ); choose a new folder"
+        )
+    if not lines.exists():
+        return {}
+    complete = read_json_lines(lines)
+    write_atomic(lines, "")  # a torn last line goes; what is complete is written again
+    found: dict[str, PromptResult] = {}
+    for value in complete:
+        append_json_line(lines, value)
+        result = result_from_json(value)
+        found[result.prompt] = result
+    return found
+
+
+def add_result(folder: str | Path, result: PromptResult) -> None:
+    """Append one result."""
+    append_json_line(Path(folder) / "localization.jsonl", result.to_json())
+
+
+def finish_folder(
+    folder: str | Path, results: Sequence[PromptResult], model_id: str, sites: Sequence[Site]
+) -> None:
+    """Write `localization.csv` and `neurons.json` (the union over all prompts)."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    rows = [_table_row(result) for result in results]
+    columns = list(rows[0]) if rows else []
+    writer.writerow(columns)
+    writer.writerows([row[name] for name in columns] for row in rows)
+    write_atomic(Path(folder) / "localization.csv", table.getvalue())
+    nothing = NeuronSet(model_id, {})
+    union([nothing, *(result.neurons(model_id, sites) for result in results)]).save(
+        Path(folder) / "neurons.json"
+    )
+
+
+def _table_row(result: PromptResult) -> dict[str, Any]:
+    chosen = [f"{layer}:{index}" for layer, indices in enumerate(result.refined) for index in indices]
+    scores = ("best_pair", "initial_score", "refined_score", "threshold")
+    return {
+        "prompt": result.prompt,
+        "is_memorized": result.is_memorized,
+        **{name: f"{getattr(result, name):.6f}" for name in scores},
+        "is_replaced": result.is_replaced,
+        "num_initial": sum(map(len, result.initial)),
+        "num_refined": len(chosen),
+        "refined": " ".join(chosen),
+        "sample_forwards": result.cost.sample_forwards,
+        "seconds": f"{result.cost.seconds:.3f}",
+    }

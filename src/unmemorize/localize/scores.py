@@ -1,0 +1,326 @@
+"""How unusual a neuron is, and how alike two predictions are. Pure mathematics on arrays; knows no model.
+
+    z = (a - mean) / std          a: a neuron's mean absolute activation for one example
+    similarity = product over scales of (contrast and structure), times luminance at the last scale, each to its weight
+
+Statistics are accumulated in float64 by Chan's update, so that they can be streamed, resumed and merged from shards.
+
+Source: Hintersdorf et al. 2024 (Finding NeMo), sections 3.1 and 3.2, and its released code where the two differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unmemorize.errors import ConfigError, FileFormatError, ShapeMismatch, missing_extra
+from unmemorize.files import write_atomic
+from unmemorize.neurons import Site
+
+Ranges = Literal["call", "pair"]
+
+STATISTICS_FORMAT = "unmemorize.activations"
+STATISTICS_VERSION = 1
+
+_SCALE_WEIGHT = 0.33  # the released code's weight of each of three scales
+_WINDOW = 11
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationStatistics:
+    """Mean and spread of neurons' mean absolute activations over ordinary examples.
+
+    Attributes:
+        model_id: model they were computed on; "" where that is not known (imported files).
+        sites: the sites, in the order of the search.
+        count: number of examples.
+        means: one tensor of shape (F,) per site, float64, in units of the activation.
+        squares: sums of squared deviations from the mean, same shapes.
+        positions: which token positions were averaged.
+        digest: digest of the examples in order, "" where they are not known.
+    """
+
+    model_id: str
+    sites: tuple[Site, ...]
+    count: int
+    means: tuple[Tensor, ...]
+    squares: tuple[Tensor, ...]
+    positions: str = "all"
+    digest: str = ""
+
+    @classmethod
+    def empty(cls, model_id: str, sites: Sequence[Site], positions: str = "all") -> ActivationStatistics:
+        """Return statistics of no examples."""
+        zeros = tuple(torch.zeros(site.width, dtype=torch.float64) for site in sites)
+        return cls(
+            model_id=model_id, sites=tuple(sites), count=0, means=zeros, squares=zeros, positions=positions
+        )
+
+    @property
+    def stds(self) -> tuple[Tensor, ...]:
+        """Standard deviations (divisor count - 1), shape (F,) per site, float32."""
+        return tuple((s / max(self.count - 1, 1)).sqrt().float() for s in self.squares)
+
+    def updated(self, activations: Sequence[Tensor], examples: Sequence[str]) -> ActivationStatistics:
+        """Add examples: one tensor of shape (N, F) per site, and the N texts they belong to."""
+        batch = [a.detach().double().cpu() for a in activations]
+        digest = chained_digest(self.digest, examples)
+        added = replace(
+            self,
+            count=len(examples),
+            means=tuple(a.mean(0) for a in batch),
+            squares=tuple(((a - a.mean(0)) ** 2).sum(0) for a in batch),
+        )
+        return replace(self.merged(added), digest=digest)
+
+    def merged(self, other: ActivationStatistics) -> ActivationStatistics:
+        """Unite two shards (Chan's update); digests of shards are combined in order.
+
+        Raises:
+            ConfigError: if they are of different models, sites or positions.
+        """
+        ours, theirs = (
+            (self.model_id, self.sites, self.positions),
+            (other.model_id, other.sites, other.positions),
+        )
+        if ours != theirs:
+            raise ConfigError(
+                "activation statistics of different models, sites or positions cannot be merged"
+            )
+        total = max(self.count + other.count, 1)
+        share = other.count / total
+        means = tuple(a + (b - a) * share for a, b in zip(self.means, other.means, strict=True))
+        squares = tuple(
+            p + q + (b - a) ** 2 * (self.count * share)
+            for p, q, a, b in zip(self.squares, other.squares, self.means, other.means, strict=True)
+        )
+        digest = hashlib.sha256(f"{self.digest}\0{other.digest}".encode()).hexdigest()[:16]
+        return replace(self, count=self.count + other.count, means=means, squares=squares, digest=digest)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the statistics as one safetensors file, atomically."""
+        from safetensors.torch import save
+
+        tensors = {f"mean_{i}": mean.contiguous() for i, mean in enumerate(self.means)}
+        tensors |= {f"squares_{i}": square.contiguous() for i, square in enumerate(self.squares)}
+        header = {
+            "format": STATISTICS_FORMAT,
+            "format_version": str(STATISTICS_VERSION),
+            "model_id": self.model_id,
+            "count": str(self.count),
+            "positions": self.positions,
+            "digest": self.digest,
+            "sites": "\n".join(f"{s.path} {s.side} {s.width} {s.start}" for s in self.sites),
+        }
+        return write_atomic(path, save(tensors, metadata=header))
+
+
+def chained_digest(digest: str, examples: Iterable[str]) -> str:
+    """Continue a digest with more examples, so that a stream can be recognized without being held."""
+    for text in examples:
+        digest = hashlib.sha256(f"{digest}\0{text}".encode()).hexdigest()[:16]
+    return digest
+
+
+def load_statistics(path: str | Path) -> ActivationStatistics:
+    """Read statistics saved by `ActivationStatistics.save`.
+
+    Raises:
+        FileFormatError: if the file is missing, torn, or of another format or version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as stream:
+            header = stream.metadata() or {}
+            if (header.get("format"), header.get("format_version")) != (
+                STATISTICS_FORMAT,
+                str(STATISTICS_VERSION),
+            ):
+                raise FileFormatError(
+                    f"{path} is not a {STATISTICS_FORMAT} file of version {STATISTICS_VERSION}; collect the "
+                    "statistics again"
+                )
+            lines: list[list[Any]] = [line.split(" ") for line in header["sites"].split("\n")]
+            sites = tuple(Site(p, side, int(width), int(start)) for p, side, width, start in lines)
+            return ActivationStatistics(
+                model_id=header["model_id"],
+                sites=sites,
+                count=int(header["count"]),
+                means=tuple(stream.get_tensor(f"mean_{i}") for i in range(len(sites))),
+                squares=tuple(stream.get_tensor(f"squares_{i}") for i in range(len(sites))),
+                positions=header["positions"],
+                digest=header["digest"],
+            )
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(
+            f"cannot read activation statistics {path} ({error}); collect the statistics again"
+        ) from error
+
+
+def import_statistics(
+    path: str | Path, sites: Sequence[Site], *, count: int = 50_000
+) -> ActivationStatistics:
+    """Read means and standard deviations from a NumPy archive with `mean_0`, `std_0`, … in the order of the sites.
+
+    Args:
+        path: the archive.
+        sites: the sites they belong to.
+        count: number of examples they were computed on (50,000 captions for the released SD 1.4 file).
+
+    Raises:
+        FileFormatError: if the archive cannot be read or lacks an array.
+        ShapeMismatch: if the widths are those of another model.
+    """
+    import numpy
+
+    try:
+        with numpy.load(path, allow_pickle=False) as archive:
+            stored = {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"cannot read activation statistics {path} ({error})") from error
+    names = [f"{kind}_{i}" for kind in ("mean", "std") for i in range(len(sites))]
+    missing = [name for name in names if name not in stored]
+    if missing or len(stored) != len(names):
+        raise ShapeMismatch(
+            f"{path} holds {len(stored) // 2} sites, the model has {len(sites)}; pass the statistics of this model"
+        )
+    for i, site in enumerate(sites):
+        if stored[f"mean_{i}"].shape != (site.width,):
+            raise ShapeMismatch(
+                f"{path} has {tuple(stored[f'mean_{i}'].shape)} neurons at {site.path}, expected ({site.width},); "
+                "pass the statistics of this model"
+            )
+    means = tuple(stored[f"mean_{i}"].double() for i in range(len(sites)))
+    squares = tuple(stored[f"std_{i}"].double() ** 2 * (count - 1) for i in range(len(sites)))
+    return ActivationStatistics(model_id="", sites=tuple(sites), count=count, means=means, squares=squares)
+
+
+def mean_absolute(values: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Average absolute activations over token positions.
+
+    Args:
+        values: shape (N, T, F), in units of the activation.
+        positions: which positions count, shape (N, T), bool; by default all.
+
+    Returns:
+        Shape (N, F), float32; 0 for an example without such positions.
+
+    Source: Hintersdorf et al. 2024, released code (all positions, padding included).
+    """
+    if positions is None:
+        return values.abs().mean(1).float()
+    weight = positions.to(values).unsqueeze(-1)
+    return ((values.abs() * weight).sum(1) / weight.sum(1).clamp(min=1)).float()
+
+
+def z_scores(activation: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return how many standard deviations activations are off the mean; shape (F,), float32, unitless."""
+    return (activation.float() - mean.float()) / std.float()
+
+
+def scaled_maps(maps: Tensor) -> Tensor:
+    """Move and stretch every map to [0, 1], each sample and channel by itself.
+
+    Args:
+        maps: shape (N, C, H, W).
+
+    Returns:
+        Same shape, float32, unitless; a constant map becomes 0.
+    """
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    spread = torch.where(high > low, high - low, torch.ones_like(high))
+    return (maps - low) / spread
+
+
+def map_similarity(first: Tensor, second: Tensor, *, ranges: Ranges = "pair", num_scales: int = 3) -> Tensor:
+    """Compare pairs of maps by multi-scale structural similarity.
+
+    The constants of the measure depend on the data range, which is taken anew at each scale. "call" takes it from all
+    maps of the call, as the released code does, so that a score depends on what is scored beside it; "pair" takes it
+    from the pair alone (scores move by about 0.01) and is the same however calls are grouped.
+
+    Args:
+        first: shape (N, C, H, W), unitless, in [0, 1].
+        second: same shape.
+        ranges: "call" or "pair".
+        num_scales: scales; fewer are used where the maps are too small, 1 is plain SSIM.
+
+    Returns:
+        Shape (N,), float32, unitless: at most 1, which means equal; negative contributions count as 0.
+
+    Raises:
+        ShapeMismatch: if the shapes differ, or the maps are too small for the window of 11.
+
+    Source: Hintersdorf et al. 2024, released code (weights 0.33, which do not add up to 1); "pair" is ours.
+    """
+    try:
+        from torchmetrics.functional.image import (
+            multiscale_structural_similarity_index_measure as multi_scale,
+        )
+        from torchmetrics.functional.image import structural_similarity_index_measure as single_scale
+    except ImportError as error:
+        raise missing_extra("torchmetrics", "images") from error
+    if first.shape != second.shape or first.dim() != 4:
+        raise ShapeMismatch(
+            f"maps of shapes {tuple(first.shape)} and {tuple(second.shape)} cannot be compared"
+        )
+    scales = min(num_scales, _num_scales(min(first.shape[2:])))
+
+    def compare(a: Tensor, b: Tensor) -> Tensor:
+        options: dict[str, Any] = {"reduction": "none"}
+        if scales == 1:
+            result = single_scale(a, b, **options)
+        else:
+            result = multi_scale(a, b, betas=(_SCALE_WEIGHT,) * scales, normalize="relu", **options)
+        assert isinstance(result, Tensor)
+        return result.reshape(-1)
+
+    if ranges == "call":
+        return compare(first, second)
+    return torch.cat([compare(first[i : i + 1], second[i : i + 1]) for i in range(len(first))])
+
+
+def _num_scales(side: int) -> int:
+    """Return how many scales fit the window into maps of a side (in latent pixels), at most 3."""
+    if side < _WINDOW:
+        raise ShapeMismatch(
+            f"maps of {side} x {side} are smaller than the window of {_WINDOW}; use larger pictures"
+        )
+    fitting = [scales for scales in (3, 2) if side // (scales - 1) ** 2 > _WINDOW - 1]
+    return fitting[0] if fitting else 1
+
+
+def pair_similarities(
+    maps: Tensor, *, ranges: Ranges = "pair", num_scales: int = 3
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Compare all pairs of samples of one example.
+
+    Args:
+        maps: shape (N, C, H, W), unitless, in [0, 1].
+        ranges: as for `map_similarity`.
+        num_scales: as for `map_similarity`.
+
+    Returns:
+        Similarities of shape (N (N - 1) / 2,), and their pairs in the order (0, 1), (0, 2), …, (1, 2), ….
+    """
+    pairs = [(a, b) for a in range(len(maps)) for b in range(a + 1, len(maps))]
+    first, second = (maps[[pair[side] for pair in pairs]] for side in (0, 1))
+    return map_similarity(first, second, ranges=ranges, num_scales=num_scales), pairs
+
+
+def best_match(similarities: Tensor, pairs: Sequence[tuple[int, int]], num_samples: int) -> Tensor:
+    """Return each sample's largest similarity to another one, shape (num_samples,), unitless."""
+    best = torch.full((num_samples,), -torch.inf)
+    for value, pair in zip(similarities.cpu(), pairs, strict=True):
+        for sample in pair:
+            best[sample] = torch.maximum(best[sample], value)
+    return best
