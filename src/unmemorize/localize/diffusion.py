@@ -318,9 +318,10 @@ def _require_sites(pipe: Pipeline, statistics: ActivationStatistics, row: Denois
     names = [name for name, _ in (row or row_for(pipe)).blocks]
     known = {site for kind in kinds for site in find_sites(pipe, kind, blocks=names, row=row)}
     stray = [site for site in statistics.sites if site not in known]
-    ours = signature(pipe, row)
-    is_other = statistics.model_id and not same_model(statistics.model_id, ours)
-    if stray or (is_other and not same_model(statistics.model_id, fingerprint(pipe, row))):
+    # A signature stands for any weights of its architecture, so only a whole fingerprint is held against the weights.
+    is_whole = bool(statistics.model_id) and not statistics.model_id.endswith("-*")
+    ours = fingerprint(pipe, row) if is_whole else signature(pipe, row)
+    if stray or (statistics.model_id and not same_model(statistics.model_id, ours)):
         what = f"site {stray[0].path} of width {stray[0].width}" if stray else statistics.model_id
         raise NeuronSetMismatch(
             f"the activation statistics are for {what}, which this model ({ours}) is not; collect them on this model"
