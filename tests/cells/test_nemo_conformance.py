@@ -169,7 +169,7 @@ def test_every_recorded_decision_is_made_again(setting: str) -> None:
         assert outcome.entries == entries(prompt["refined_neurons"])
 
 
-@pytest.mark.parametrize(("setting", "index"), cases())
+@pytest.mark.parametrize(("setting", "index"), list(cases()))
 def test_compat_gives_the_recorded_values(pipe: Any, statistics: Any, setting: str, index: int) -> None:
     record = recorded(setting)
     (prompt,) = (prompt for prompt in record["prompts"] if prompt["index"] == index)
