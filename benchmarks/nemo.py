@@ -2,8 +2,8 @@
 
     python benchmarks/nemo.py FOLDER [--prompts 0,1,5] [--literal]
 
-FOLDER holds `pipeline/`, `prompts.json` and `statistics.npz`. By default compat looks up passes it has made before;
-`--literal` makes every pass that the released code makes, which is what its wall time has to be measured with.
+FOLDER holds `pipeline/`, `prompts.json` and `statistics.npz`. By default compat looks up passes that it has made
+before; `--literal` makes every pass that the released code makes, which is what its wall time has to be measured with.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The cell end to end: planted neurons are found, nothing planted gives nothing, runs continue, bad input is named."""
+"""The cell end to end: planted neurons are found, nothing is found where nothing is, runs continue."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from unmemorize.localize.diffusion import localize, localize_into
 from unmemorize.localize.passes import NemoSettings, first_step
 from unmemorize.localize.search import SearchSettings
 from unmemorize.models.diffusion import find_sites, fingerprint
-from unmemorize.neurons import load_neurons
+from unmemorize.neurons import Site, load_neurons
 from unmemorize.remove.diffusion import deactivated
 
 MEMORIZED, OTHER = "old zorvex here", "tall lamp there"
@@ -201,12 +202,9 @@ def test_bad_input_is_explained() -> None:
             localize(pipe, prompts, statistics)
     with pytest.raises(NeuronSetMismatch, match="collect them on this model"):
         localize(tiny_pipeline("sd1", seed=1), ["a cat"], statistics)
-    with pytest.raises(NeuronSetMismatch, match="are for .*, which this model"):
-        localize(
-            tiny_pipeline("sdxl"),
-            ["a cat"],
-            collect_statistics(pipe, CAPTIONS, find_sites(pipe, blocks=("up",))),
-        )
+    stray = dataclasses.replace(statistics, sites=(Site("nowhere.to_v", "out", 8), *statistics.sites[1:]))
+    with pytest.raises(NeuronSetMismatch, match=r"for site nowhere.to_v of width 8, which this model"):
+        localize(pipe, ["a cat"], stray)
     with pytest.raises(ConfigError, match="unknown mode 'quick'"):
         NemoSettings(mode="quick")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="samples are compared in pairs"):

@@ -42,7 +42,7 @@ from unmemorize.localize.search import (
     smallest,
 )
 from unmemorize.models.denoising import Pipeline
-from unmemorize.models.diffusion import DenoiserRow, Kind, find_sites, fingerprint, row_for, signature
+from unmemorize.models.diffusion import DenoiserRow, Kind, find_sites, fingerprint, row_for
 from unmemorize.neurons import same_model
 from unmemorize.records import Progress, ProgressCallback
 
@@ -318,10 +318,9 @@ def _require_sites(pipe: Pipeline, statistics: ActivationStatistics, row: Denois
     names = [name for name, _ in (row or row_for(pipe)).blocks]
     known = {site for kind in kinds for site in find_sites(pipe, kind, blocks=names, row=row)}
     stray = [site for site in statistics.sites if site not in known]
-    # A signature stands for any weights of its architecture, so only a whole fingerprint is held against the weights.
-    is_whole = bool(statistics.model_id) and not statistics.model_id.endswith("-*")
-    ours = fingerprint(pipe, row) if is_whole else signature(pipe, row)
-    if stray or (statistics.model_id and not same_model(statistics.model_id, ours)):
+    ours = fingerprint(pipe, row)
+    is_other = bool(statistics.model_id) and not same_model(statistics.model_id, ours)
+    if stray or is_other:
         what = f"site {stray[0].path} of width {stray[0].width}" if stray else statistics.model_id
         raise NeuronSetMismatch(
             f"the activation statistics are for {what}, which this model ({ours}) is not; collect them on this model"
