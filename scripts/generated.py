@@ -20,7 +20,12 @@ from unmemorize import cli, neurons, records
 from unmemorize.isolate import plan
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMATS = {"audit": records.Audit, "neurons": neurons.NeuronFile, "plan": plan.PlanFile}
+FORMATS = {
+    "audit": records.Audit,
+    "audit_pictures": records.PictureAudit,
+    "neurons": neurons.NeuronFile,
+    "plan": plan.PlanFile,
+}
 
 
 def command_line_page() -> str:

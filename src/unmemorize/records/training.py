@@ -1,69 +1,17 @@
-"""What an audit says, as data: the models behind `audit.json`. Torch-free.
-
-The report, the explorer and every downstream tool read these and nothing else, so a report can be made
-again years later without a model. Each figure is a `Measure`: a value with its 95 % interval and sample
-count, or a refusal with its reason, never a bare number. Formats are described in docs/formats.md.
-"""
+"""The audit of language models: what models know of repeated and of new text, by method, seed and state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from unmemorize.files import write_json
+from unmemorize.records.base import Group, Measure, Record
 
-from unmemorize.errors import FileFormatError
-from unmemorize.files import read_json, write_json
-
-AUDIT_FORMAT = "unmemorize.audit"
-AUDIT_VERSION = 1
-
-Group = Literal["target", "neighbour", "heldout", "ordinary"]
 StateName = Literal["plain", "off", "own", "foreign", "all", "exclude", "placebo"]
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One step of long work: `done` of `total` units, and a short message."""
-
-    stage: str
-    done: int
-    total: int
-    unit: str = ""
-    message: str = ""
-
-
-ProgressCallback = Callable[[Progress], None]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Measure(_Record):
-    """A figure with its interval, or the reason why there is none.
-
-    `value` and `ci95` carry the unit that the field's name ends in. `num` is the sample size behind it.
-    Exactly one of `value` and `refused` is set. `method` names how the interval was made
-    ("bootstrap", "wilson", "t", "exact" for numbers without sampling).
-    """
-
-    value: float | None = None
-    ci95: Annotated[tuple[float, float] | None, Field(description="95 % interval, low and high")] = None
-    num: int = 0
-    method: str = ""
-    refused: str | None = None
-
-    @model_validator(mode="after")
-    def _value_or_refusal(self) -> Measure:
-        if (self.value is None) == (self.refused is None):
-            raise ValueError("a measure holds either a value or a refusal")
-        return self
-
-
-class Extraction(_Record):
+class Extraction(Record):
     """Verbatim extraction with a prefix of k and a suffix of l tokens (docs/metrics.md)."""
 
     prefix_tokens: int
@@ -78,7 +26,7 @@ class Extraction(_Record):
     num_excluded: int = 0
 
 
-class GroupResult(_Record):
+class GroupResult(Record):
     """One group of examples in one state."""
 
     group: Group
@@ -88,7 +36,7 @@ class GroupResult(_Record):
     extraction: list[Extraction] = []
 
 
-class StateResult(_Record):
+class StateResult(Record):
     """All groups in one state of one model."""
 
     state: StateName
@@ -97,7 +45,7 @@ class StateResult(_Record):
     groups: list[GroupResult]
 
 
-class Continuation(_Record):
+class Continuation(Record):
     """A prefix, what the training text continues with, and what the model says in each state (token strings)."""
 
     example: str
@@ -107,7 +55,7 @@ class Continuation(_Record):
     generated: dict[str, list[str]]
 
 
-class DocumentResult(_Record):
+class DocumentResult(Record):
     """One document: loss in nats per predicted token by state; `num_tokens` counts the predicted tokens."""
 
     example: str
@@ -119,7 +67,7 @@ class DocumentResult(_Record):
     matched_prefix_tokens: dict[str, int] = {}
 
 
-class CurvePoint(_Record):
+class CurvePoint(Record):
     """One logged point of training."""
 
     step: int
@@ -129,7 +77,7 @@ class CurvePoint(_Record):
     repeated_loss_nats: float | None = None
 
 
-class SeedResult(_Record):
+class SeedResult(Record):
     """One trained model: the five headline figures in the state it would be shipped in, and everything behind them."""
 
     seed: int
@@ -149,7 +97,7 @@ class SeedResult(_Record):
     tokens_per_s: float = 0.0
 
 
-class MethodSummary(_Record):
+class MethodSummary(Record):
     """The five headline figures as means over seeds; intervals are over seeds (Student t), refused below 3 seeds.
 
     `beyond_curve_nats` is the repeated loss above that of the `cap:R` curve at the same validation loss: positive
@@ -164,7 +112,7 @@ class MethodSummary(_Record):
     beyond_curve_nats: Measure | None = None
 
 
-class MethodResult(_Record):
+class MethodResult(Record):
     """One training method over its seeds."""
 
     method: str
@@ -174,7 +122,7 @@ class MethodResult(_Record):
     summary: MethodSummary
 
 
-class Audit(_Record):
+class Audit(Record):
     """The whole of `audit.json`. `kind` is "training" (methods compared) or "model" (one model looked at)."""
 
     format: Literal["unmemorize.audit"] = "unmemorize.audit"
@@ -191,18 +139,3 @@ class Audit(_Record):
     def save(self, path: str | Path) -> Path:
         """Write `audit.json` atomically."""
         return write_json(path, self.model_dump(mode="json", exclude_none=False))
-
-
-def load_audit(path: str | Path) -> Audit:
-    """Read and validate an `audit.json`.
-
-    Raises:
-        FileFormatError: if the file is missing, torn, of another version, or does not fit the schema.
-    """
-    value = read_json(path, format=AUDIT_FORMAT, version=AUDIT_VERSION)
-    try:
-        return Audit.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise FileFormatError(f"{path} does not fit the audit format at {place}: {first['msg']}") from error
