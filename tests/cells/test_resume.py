@@ -139,12 +139,18 @@ def test_other_methods_continue_too(tmp_path: Path, method: str) -> None:
 
 
 def test_ctrl_c_writes_a_checkpoint_on_the_way_out(tmp_path: Path, expected: dict[str, torch.Tensor]) -> None:
+    # A shell that starts this in the background has Ctrl-C ignored; here it has to arrive.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt(event: Progress) -> None:
         if event.done == 5:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        train_method(job(tmp_path, every=None), progress=interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_method(job(tmp_path, every=None), progress=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-00000005"]
     train_method(job(tmp_path, every=None))
     assert_same(tmp_path, expected)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,10 +153,12 @@ def continue_greedily(model: nn.Module, prompts_BT: Tensor, num_tokens: int, **a
         The added tokens, shape (B, num_tokens), int64.
     """
     added: list[Tensor] = []
-    cache, inputs = None, prompts_BT
+    cache: dict[str, Any] = {}
+    inputs = prompts_BT
     for _ in range(num_tokens):
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, **arguments)
-        cache = output.past_key_values
+        output = model(input_ids=inputs, use_cache=True, **cache, **arguments)
+        name = "cache" if "cache" in output else "past_key_values"  # renamed in transformers 5.24
+        cache = {name: output[name]}
         inputs = output.logits[:, -1].argmax(-1, keepdim=True)
         added.append(inputs)
     return torch.cat(added, dim=1) if added else prompts_BT[:, :0]

@@ -29,6 +29,8 @@ ProgressCallback = Callable[[Progress], None]
 
 
 class Record(BaseModel):
+    """Frozen, and strict about its fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
