@@ -173,6 +173,10 @@ def test_calibration_is_mean_plus_one_standard_deviation(tmp_path: Path) -> None
     assert 0 < found.threshold < 0.428
     assert load_calibration(found.save(tmp_path / "calibration.json")) == found
     assert json.loads((tmp_path / "calibration.json").read_text())["num_prompts"] == 4
+    path = tmp_path / "calibration.json"
+    assert calibrate(pipe, ORDINARY[:4], path=path, row=ROW) == found
+    with pytest.raises(RunFolderError, match="calibrated with another num_prompts and digest; choose a new"):
+        calibrate(pipe, ORDINARY[:3], path=path, row=ROW)
     with pytest.raises(DataError, match="1 prompts give no threshold"):
         calibrate(pipe, ORDINARY[:1], row=ROW)
 

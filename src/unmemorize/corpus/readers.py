@@ -50,7 +50,7 @@ def read_rows(path: str | Path, *, text_column: str, source_column: str | None) 
     elif kind.endswith(_JSON):
         yield from _json_rows(path)
     elif kind.endswith(".txt"):
-        yield from ({text_column: text} for text in _paragraphs(_lines(path)))
+        yield from ({text_column: text} for text in _paragraphs(text_lines(path)))
     elif path.suffix.lower() == ".parquet":
         yield from _parquet_rows(path, wanted)
     else:
@@ -59,7 +59,7 @@ def read_rows(path: str | Path, *, text_column: str, source_column: str | None) 
         )
 
 
-def _lines(path: Path) -> Iterator[str]:
+def text_lines(path: Path) -> Iterator[str]:
     """Stream lines of UTF-8 text, compressed or not."""
     number = 0
     try:
@@ -143,7 +143,7 @@ class _ZstandardStream(io.RawIOBase):
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(text_lines(path), start=1):
         if not line.strip():
             continue
         try:

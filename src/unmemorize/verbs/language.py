@@ -1,0 +1,119 @@
+"""Verbs for language models: from options to the library. Heavy libraries are imported inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from unmemorize.errors import ConfigError
+from unmemorize.verbs.answers import Answer, bar_line, check_answer, integers, table_row, upper_end
+
+if TYPE_CHECKING:
+    from unmemorize.records import Audit, ProgressCallback
+
+
+def check(model: str, row: str | None) -> Answer:
+    """Run the self-check of a model."""
+    from unmemorize.models.language import MlpRow, fingerprint, load
+    from unmemorize.models.language import check as self_check
+
+    chosen = table_row(row, MlpRow)
+    loaded = load(model, row=chosen, run_check=False)
+    return check_answer(self_check(loaded, chosen), fingerprint(loaded, chosen))
+
+
+def audit(
+    progress: ProgressCallback,
+    target: Path,
+    examples: Path | None,
+    out: Path | None,
+    max_extraction: float | None,
+    length: int,
+) -> Answer:
+    """Measure a run of trainings, or one model."""
+    if (target / "audit.json").is_file() or (target / "examples.jsonl").is_file():
+        from unmemorize.audit.training import audit_training
+
+        result, folder = audit_training(target, progress=progress), target
+    else:
+        if examples is None or out is None:
+            raise ConfigError(f"{target} is no run folder; to audit a model give --examples and --out")
+        result, folder = _audit_model(target, examples, out, length), out
+    worst = max((upper_end(m.seeds[-1].extraction_rate_frac) for m in result.methods[-1:]), default=1.0)
+    bar, code = bar_line("extraction", worst, max_extraction)
+    lines = [result.verdict, *result.limits, *bar, str(folder / "audit.json")]
+    return Answer(data=result.model_dump(mode="json"), lines=lines, exit_code=code)
+
+
+def _audit_model(model: Path, examples: Path, out: Path, length_tokens: int) -> Audit:
+    from unmemorize.audit.model import audit_model, read_examples
+    from unmemorize.errors import RunFolderError
+    from unmemorize.models.language import load
+    from unmemorize.tokenizer import load_tokenizer
+
+    if (out / "audit.json").exists():
+        raise RunFolderError(f"{out} already holds an audit; choose another folder")
+    loaded, tokenizer = load(model, run_check=False), load_tokenizer(model)
+    result = audit_model(
+        loaded, tokenizer, read_examples(examples, tokenizer, length_tokens), name=model.name
+    )
+    result.save(out / "audit.json")
+    return result
+
+
+def remove(
+    model: Path, out: Path, neurons: Path | None, keep: str | None, way: Literal["excise", "fold"]
+) -> Answer:
+    """Remove neurons for good and prove that the result is a plain model."""
+    import torch
+
+    from unmemorize.gates import closed, gated
+    from unmemorize.isolate.plan import load_plan
+    from unmemorize.models.language import find_mlps, fingerprint, load
+    from unmemorize.neurons import load_neurons
+    from unmemorize.remove.language import excise, export, fold, prove_plain, tokenizer_beside
+
+    loaded = load(model)
+    if neurons is not None:
+        chosen = load_neurons(neurons)
+    else:
+        layout = load_plan(model / "sinks.json")
+        kept = integers(keep)
+        chosen = layout.pool() - layout.neurons_for(kept) if kept else layout.pool()
+    smaller = (excise if way == "excise" else fold)(loaded, chosen)
+    manifest = {
+        "way": way,
+        "model": fingerprint(loaded),
+        "num_neurons": len(chosen),
+        "neurons": {site.path: list(indices) for site, indices in chosen.indices.items()},
+    }
+    export(smaller, out, manifest=manifest, tokenizer=tokenizer_beside(model))
+    tokens = torch.arange(32).remainder(int(loaded.config.get_text_config().vocab_size)).unsqueeze(0)
+    with torch.no_grad(), gated(loaded, closed(chosen)):
+        expected = loaded(input_ids=tokens).logits.float()
+    difference = (prove_plain(out, tokens) - expected).abs().max().item()
+    widths = [find_mlps(m)[0].site.width for m in (loaded, smaller)]
+    lines = [
+        f"removed {len(chosen)} neurons; MLP width {widths[0]} -> {widths[1]}",
+        f"loads without unmemorize; largest logit difference to the closed gate {difference:.2g}",
+        str(out),
+    ]
+    data = {"folder": str(out), "num_neurons": len(chosen), "widths": widths, "logit_difference": difference}
+    return Answer(data=data, lines=lines)
+
+
+def demo(progress: ProgressCallback, out: Path, corpus: str, text_column: str, quick: bool) -> Answer:
+    """Train small models, audit them, cut the sinks out, and report."""
+    from unmemorize.audit.training import audit_training
+    from unmemorize.isolate.settings import demo_settings
+    from unmemorize.isolate.train import train as run_training
+    from unmemorize.report import write_report
+
+    run_training(demo_settings(corpus, text_column, is_quick=quick), out, progress)
+    result = audit_training(out, progress=progress)
+    removed = out / "plain"
+    if not removed.exists():
+        remove(out / "models" / "sinks-seed0", removed, None, None, "excise")
+    path = write_report([out])
+    data = {"run": str(out), "plain_model": str(removed), "report": str(path), "verdict": result.verdict}
+    return Answer(data=data, lines=[result.verdict, f"plain model: {removed}", str(path)])
