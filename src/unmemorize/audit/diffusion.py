@@ -12,6 +12,7 @@ Letters: N prompts, S seeds, D features. Source: Hintersdorf et al. 2024, sectio
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -47,7 +48,7 @@ from unmemorize.records import (
     SiteNeurons,
 )
 
-_TIGHT = 0.95  # a copy threshold from training pictures above this misses copies that are not near perfect
+_TIGHT = 0.95  # a computed copy threshold above this misses copies that are not near perfect
 
 
 def audit_pictures(
@@ -243,9 +244,9 @@ def _prompts(
 
 def _stored(settings: PictureAuditSettings, thresholds: Mapping[str, CopyThreshold | None]) -> dict[str, Any]:
     """Lay out the settings as JSON, with the rule behind each copy threshold."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     return {
-        **asdict(settings),
-        "copy_thresholds": dict(settings.copy_thresholds),
+        **plain,
         "copy_threshold_rules": {
             name: "none could be chosen" if chosen is None else chosen.rule
             for name, chosen in thresholds.items()
@@ -266,7 +267,7 @@ def _own_limits(
         "None copied means that these seeds did not, not that nothing is left: other prompts may bring it back."
     ]
     for name, chosen in thresholds.items():
-        if chosen is not None and chosen.value > _TIGHT and chosen.rule.startswith("just above"):
+        if chosen is not None and chosen.value > _TIGHT and chosen.is_computed:
             limits.append(
                 f"The copy threshold of {name} is {chosen.value:.3f} ({chosen.rule}): copies that are not near perfect "
                 "are missed; set copy_thresholds, or give prompts with nearly equal pictures one prompt."

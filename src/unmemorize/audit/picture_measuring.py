@@ -23,6 +23,7 @@ from unmemorize.audit.pictures import Picture, PromptCase, read_picture
 from unmemorize.audit.prompt_alignment import ClipAlignment
 from unmemorize.audit.similarity import (
     MIN_CONTROLS,
+    SUFFICIENT_CONTROLS,
     CopyThreshold,
     SimilarityMeasure,
     threshold_from_controls,
@@ -162,9 +163,10 @@ def choose_threshold(
 ) -> CopyThreshold | None:
     """Choose a copy threshold.
 
-    In this order: the one named in the settings; the measure's convention; from the pictures of ordinary prompts in
-    state "before", if at least `MIN_CONTROLS` of them come with a picture that fits the prompt and was never trained
-    on; from the training pictures of different prompts; none.
+    In this order: the one named in the settings; the measure's convention; computed. Computed it is from the pictures
+    of ordinary prompts in state "before", where they come with a picture that fits the prompt and was never trained
+    on, if there are `SUFFICIENT_CONTROLS` of them; with fewer, but at least `MIN_CONTROLS`, the larger of that and
+    what the training pictures of different prompts give; with fewer still the latter alone; or none.
 
     Args:
         measure: the measure.
@@ -174,15 +176,15 @@ def choose_threshold(
         before: similarities in state "before".
     """
     if measure.name in settings.copy_thresholds:
-        return CopyThreshold(float(settings.copy_thresholds[measure.name]), "named in the settings")
+        return CopyThreshold(float(settings.copy_thresholds[measure.name]), "named in the settings", False)
     if measure.copy_threshold is not None:
-        return CopyThreshold(measure.copy_threshold, "convention of the literature")
+        return CopyThreshold(measure.copy_threshold, "convention of the literature", False)
     is_control = np.array([case.group == "ordinary" and len(case.pictures) > 0 for case in cases])
+    found = []
     if is_control.sum() >= MIN_CONTROLS:
-        return threshold_from_controls(before.copy_NS[is_control])
+        found.append(threshold_from_controls(before.copy_NS[is_control]))
     trained = [number for number, case in enumerate(cases) if case.pictures and case.group != "ordinary"]
-    if len(trained) < 2:
-        return None
-    return threshold_from_references(
-        [references[number] for number in trained], [cases[number].prompt for number in trained]
-    )
+    if is_control.sum() < SUFFICIENT_CONTROLS and len(trained) > 1:
+        pictures, prompts = [references[n] for n in trained], [cases[n].prompt for n in trained]
+        found.append(threshold_from_references(pictures, prompts))
+    return max(found, key=lambda chosen: chosen.value, default=None)

@@ -51,18 +51,18 @@ def check_cases(cases: Sequence[PromptCase]) -> None:
     """
     if not cases:
         raise DataError("there are no prompts to audit; give at least one")
-    owners: dict[str, PromptCase] = {}
+    groups: dict[str, Group] = {}
     for case in cases:
         if case.group not in GROUPS:
             raise DataError(f"prompt {case.prompt!r} is in group {case.group!r}; expected one of {GROUPS}")
         if not case.prompt.strip():
             raise DataError("a prompt is empty; leave it out")
-        other = owners.setdefault(case.prompt, case)
-        if other is not case:
+        if case.prompt in groups:
             raise DataError(
-                f"prompt {case.prompt!r} occurs twice ({other.group} and {case.group}); name it once, with all its "
-                "training pictures"
+                f"prompt {case.prompt!r} occurs twice ({groups[case.prompt]} and {case.group}); name it once, with "
+                "all its training pictures"
             )
+        groups[case.prompt] = case.group
 
 
 def read_picture(source: Picture | str | Path) -> Picture:

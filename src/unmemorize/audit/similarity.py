@@ -38,6 +38,7 @@ SSCD_THRESHOLD = (
 )
 CONTROL_QUANTILE = 0.99  # controls may be called copies in 1 of 100
 MIN_CONTROLS = 20  # fewer never-trained pictures do not set a threshold
+SUFFICIENT_CONTROLS = 99  # fewer cannot vouch for 1 in 100
 
 _RASTER_PX = 32
 _SMOOTH_PX = 1.5  # of the raster; larger forgives shifts, smaller tells more pictures apart
@@ -234,10 +235,12 @@ class CopyThreshold:
     Attributes:
         value: the threshold, unitless.
         rule: how it was chosen, in a sentence for `settings` of the audit.
+        is_computed: whether it comes from the audit's own pictures.
     """
 
     value: float
     rule: str
+    is_computed: bool = True
 
 
 def threshold_from_controls(similarities_NS: ArrayLike) -> CopyThreshold:
@@ -249,7 +252,7 @@ def threshold_from_controls(similarities_NS: ArrayLike) -> CopyThreshold:
 
     Returns:
         Just above the smallest value that at least 99 % of N + 1 prompts stay below with their best seed; with fewer
-        than 199 prompts that is the largest value.
+        than 199 prompts that is the largest value, which a new prompt passes with probability 1 / (N + 1).
 
     Raises:
         DataError: with fewer than `MIN_CONTROLS` prompts, or values that are not finite.
