@@ -97,7 +97,10 @@ def test_planted_copies_are_counted_exactly(audited: tuple[PictureAudit, Path, S
 def test_pictures_never_trained_on_are_not_found(audited: tuple[PictureAudit, Path, StubPipeline]) -> None:
     audit = audited[0]
     assert value(figures(audit, "before", "ordinary").copy_rate_frac) == 0
-    for state in ("off", "placebo"):  # other pictures than those that set the threshold: one in 25 is expected
+    for state in (
+        "off",
+        "placebo",
+    ):  # other pictures than those that set the threshold: one in 25 is expected
         assert value(figures(audit, state, "ordinary").copy_rate_frac) <= 1 / NUM_ORDINARY
     assert audit.settings["copy_threshold_rules"]["structure"].startswith("just above the ")
     assert audit.copy_thresholds["structure"] < 0.9

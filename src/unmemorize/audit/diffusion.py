@@ -102,10 +102,10 @@ def audit_pictures(
     check_ways(ways)
     _check_names(tools, settings, ways, headline)
     pictures = [[read_picture(picture) for picture in case.pictures] for case in cases]
-    shown = _store_training(pictures, out_folder)
     references = {m.name: [m.embed(own) for own in pictures] for m in tools.measures}
     measuring = PictureMeasuring(cases, settings, out_folder, tools, references, progress)
     numbers = {way.state: measuring.measure(way) for way in ways}
+    shown = _store_training(pictures, out_folder)  # after the folder is known to hold this run
     thresholds = {
         m.name: choose_threshold(m, cases, settings, references[m.name], numbers[BEFORE].similarities[m.name])
         for m in tools.measures

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unmemorize.audit.generation import Made, make_pictures
 from unmemorize.audit.picture_figures import PictureSimilarities, similarities_of_state
-from unmemorize.audit.picture_quality import PictureQuality, fid_and_kid
+from unmemorize.audit.picture_quality import PictureQuality, features_of, fid_and_kid
 from unmemorize.audit.pictures import Picture, PromptCase, read_picture
 from unmemorize.audit.prompt_alignment import ClipAlignment
 from unmemorize.audit.similarity import (
@@ -100,6 +100,7 @@ class PictureMeasuring:
     references: Mapping[str, Sequence[Tensor]]
     progress: ProgressCallback | None = None
     _before: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    _real_ND: Tensor | None = None
 
     def measure(self, way: Way) -> StateNumbers:
         """Make what is missing of a state's pictures and measure them; the first state measured is "before"."""
@@ -148,10 +149,10 @@ class PictureMeasuring:
         if quality is None:
             return None
         rows = [row for case, row in zip(self.cases, made.paths, strict=True) if case.group == quality.group]
-        by_seed = [
-            [read_picture(self.out_folder / path) for path in column] for column in zip(*rows, strict=True)
-        ]
-        return fid_and_kid(quality, by_seed)
+        by_seed = [[self.out_folder / path for path in column] for column in zip(*rows, strict=True)]
+        if self._real_ND is None and len(quality.reference):
+            self._real_ND = features_of(quality.features, quality.reference)
+        return fid_and_kid(quality, by_seed, reference_ND=self._real_ND)
 
 
 def choose_threshold(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unmemorize.audit.pictures import Picture
+from unmemorize.audit.pictures import Picture, PictureSource, read_picture
 from unmemorize.audit.statistics import MIN_SEEDS, mean_over_seeds, refused
 from unmemorize.errors import DataError, missing_extra
 from unmemorize.records import Group, Measure
@@ -39,13 +39,13 @@ class PictureQuality:
     Attributes:
         features: a module that maps pictures (B, 3, H, W), uint8, to features (B, D), float. FID values of different
             networks, or of one network behind another way of resizing, must not be compared.
-        reference: real pictures, never those that the model was audited on.
+        reference: real pictures as arrays or paths, never those that the model was audited on.
         name: what the features are, for reports.
         group: prompts whose pictures are compared.
     """
 
     features: nn.Module
-    reference: Sequence[Picture] = field(repr=False)
+    reference: Sequence[PictureSource] = field(repr=False)
     name: str
     group: Group = "ordinary"
 
@@ -56,13 +56,17 @@ class PictureQuality:
 
 
 def fid_and_kid(
-    quality: PictureQuality, pictures_by_seed: Sequence[Sequence[Picture]]
+    quality: PictureQuality,
+    pictures_by_seed: Sequence[Sequence[PictureSource]],
+    *,
+    reference_ND: Tensor | None = None,
 ) -> tuple[Measure, Measure]:
     """Compute FID and KID of the pictures of one state.
 
     Args:
         quality: features and reference pictures.
-        pictures_by_seed: for each seed N pictures, one a prompt.
+        pictures_by_seed: for each seed N pictures, one a prompt, as arrays or paths.
+        reference_ND: features of the reference pictures where they are known, shape (N, D).
 
     Returns:
         FID (squared distance in feature units) and KID (unbiased squared kernel distance, unitless, slightly negative
@@ -81,8 +85,8 @@ def fid_and_kid(
             else f"{smallest} pictures in the smallest sample; KID needs {MIN_PICTURES}, FID more"
         )
         return refused(reason, smallest), refused(reason, smallest)
-    real = _features(quality.features, quality.reference)
-    made = [_features(quality.features, pictures) for pictures in pictures_by_seed]
+    real = features_of(quality.features, quality.reference) if reference_ND is None else reference_ND
+    made = [features_of(quality.features, pictures) for pictures in pictures_by_seed]
     kid = mean_over_seeds([_kid(real, sample) for sample in made])
     needed = MIN_PICTURES_PER_FEATURE * real.shape[1]
     if smallest < needed:
@@ -94,26 +98,38 @@ def fid_and_kid(
 
 
 @torch.no_grad()
-def _features(network: nn.Module, pictures: Sequence[Picture]) -> Tensor:
-    """Compute features, shape (N, D), float32 on the CPU; only pictures of equal size share a pass."""
+def features_of(network: nn.Module, pictures: Sequence[PictureSource]) -> Tensor:
+    """Compute features of N pictures, arrays or paths; only pictures of equal size share a pass.
+
+    Returns:
+        Shape (N, D), float32, on the CPU.
+
+    Raises:
+        DataError: if the features are not one vector a picture.
+    """
     first = next(iter(network.parameters()), None)
     device = torch.device("cpu") if first is None else first.device
     parts: list[Tensor] = []
-    start = 0
-    while start < len(pictures):
-        stop = start + 1
-        while stop < min(len(pictures), start + _BATCH) and pictures[stop].shape == pictures[start].shape:
-            stop += 1
-        batch = torch.from_numpy(np.stack(pictures[start:stop])).permute(0, 3, 1, 2).contiguous()
-        found = network(batch.to(device))
-        if not isinstance(found, Tensor) or found.shape[:1] != batch.shape[:1] or found.dim() != 2:
-            raise DataError(
-                f"the feature network gives {getattr(found, 'shape', type(found).__name__)} for {len(batch)} "
-                "pictures; expected one vector a picture"
-            )
-        parts.append(found.float().cpu())
-        start = stop
+    waiting: list[Picture] = []
+    for source in pictures:
+        picture = read_picture(source)
+        if waiting and (len(waiting) == _BATCH or picture.shape != waiting[0].shape):
+            parts.append(_pass(network, waiting, device))
+            waiting = []
+        waiting.append(picture)
+    parts.append(_pass(network, waiting, device))
     return torch.cat(parts)
+
+
+def _pass(network: nn.Module, pictures: Sequence[Picture], device: torch.device) -> Tensor:
+    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    found = network(batch.to(device))
+    if not isinstance(found, Tensor) or found.shape[:1] != batch.shape[:1] or found.dim() != 2:
+        raise DataError(
+            f"the feature network gives {getattr(found, 'shape', type(found).__name__)} for {len(batch)} pictures; "
+            "expected one vector a picture"
+        )
+    return found.float().cpu()
 
 
 class _Computed(nn.Module):

@@ -25,6 +25,9 @@ from unmemorize.records import Group
 Picture: TypeAlias = NDArray[np.uint8]
 """Shape (H, W, 3), RGB, 0 to 255."""
 
+PictureSource: TypeAlias = Picture | str | Path
+"""A picture, or the path of its file."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PromptCase:
@@ -40,7 +43,7 @@ class PromptCase:
 
     prompt: str
     group: Group
-    pictures: tuple[Picture | str | Path, ...] = ()
+    pictures: tuple[PictureSource, ...] = ()
 
 
 def check_cases(cases: Sequence[PromptCase]) -> None:
@@ -65,7 +68,7 @@ def check_cases(cases: Sequence[PromptCase]) -> None:
         groups[case.prompt] = case.group
 
 
-def read_picture(source: Picture | str | Path) -> Picture:
+def read_picture(source: PictureSource) -> Picture:
     """Return a picture from an array or a file.
 
     Args:
