@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tests.drawings import drawing
 from tests.stub_pipeline import StubPipeline, training_picture
 from tests.tiny_diffusion import clip_tokenizer, tiny_pipeline
 from unmemorize.audit.diffusion import audit_pictures
+from unmemorize.audit.picture_figures import PictureSimilarities
+from unmemorize.audit.picture_measuring import choose_threshold
 from unmemorize.audit.picture_quality import PictureQuality, fid_and_kid
 from unmemorize.audit.pictures import PromptCase, read_picture
 from unmemorize.audit.prompt_alignment import ClipAlignment
@@ -483,3 +486,96 @@ def test_fid_needs_five_pictures_a_feature_and_the_audit_shows_it(tmp_path: Path
     target, ordinary = audit.states[0].groups
     assert target.fid is None and ordinary.fid is not None and "4 pictures" in str(ordinary.fid.refused)
     assert json.loads((tmp_path / "audit.json").read_text())["measures"]["fid"].startswith("Distance to 120")
+
+
+def test_an_interrupted_run_ends_in_the_files_of_one_that_was_not(tmp_path: Path) -> None:
+    cases, settings = small_cases(4), PictureAuditSettings(seeds=SEEDS, batch_size=5, num_resamples=100)
+    ways = make_ways(make_pipe())[:2]
+    whole = audit_pictures(cases, ways, settings, tmp_path / "whole")
+
+    class Interrupted(StubPipeline):
+        def _picture(self, prompt: str, generator: torch.Generator) -> np.ndarray[Any, Any]:
+            if prompt == "target 2" and len(self.calls) > 1:
+                raise KeyboardInterrupt
+            return super()._picture(prompt, generator)
+
+    broken = make_ways(Interrupted(make_pipe().memory))[:2]
+    with pytest.raises(KeyboardInterrupt):
+        audit_pictures(cases, broken, settings, tmp_path / "parts")
+    half = len(list((tmp_path / "parts/pictures/before").glob("*.png")))
+    assert half == 5 and not (tmp_path / "parts/audit.json").exists()
+    pipe = make_pipe()
+    with pytest.raises(RunFolderError, match="pipeline"):
+        audit_pictures(cases, make_ways(pipe)[:2], settings, tmp_path / "parts")
+    renamed = type("Interrupted", (StubPipeline,), {})(pipe.memory)
+    again = audit_pictures(cases, make_ways(renamed)[:2], settings, tmp_path / "parts")
+    assert len(renamed.calls) == 2 + 3
+    assert again.prompts == whole.prompts
+    for path in (path for prompt in whole.prompts for paths in prompt.made.values() for path in paths):
+        assert (tmp_path / "parts" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda images: images * np.nan,
+            DataError,
+            "numbers that are not finite; load it in float32 or bfloat16",
+        ),
+        (lambda images: images[:1], ModelNotSupported, "made 1 pictures where 6 were asked for"),
+    ],
+)
+def test_pictures_that_are_none_are_refused(
+    tmp_path: Path, change: Callable[[Any], Any], error: type[Exception], message: str
+) -> None:
+    class Broken(StubPipeline):
+        def __call__(self, prompt: Any = None, generator: Any = None, output_type: str = "np") -> Any:  # type: ignore[override]
+            made = super().__call__(prompt, generator=generator)
+            made.images = change(made.images)
+            return made
+
+    with pytest.raises(error, match=message):
+        audit_pictures(small_cases(), make_ways(Broken({}))[:1], SETTINGS, tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def similarities(values: np.ndarray[Any, Any]) -> PictureSimilarities:
+    return PictureSimilarities(values, None, np.full(len(values), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("num_controls", "num_trained", "expected"),
+    [(0, 1, None), (0, 2, 0.6), (19, 2, 0.6), (20, 2, 0.6), (20, 1, 0.4), (98, 2, 0.6), (99, 2, 0.4)],
+)
+def test_controls_decide_alone_once_there_are_enough(
+    num_controls: int, num_trained: int, expected: float | None
+) -> None:
+    """The best control has 0.4, two training pictures have a similarity of 0.6."""
+    blank = np.zeros((8, 8, 3), dtype=np.uint8)
+    cases = [
+        *(PromptCase(prompt=f"t{n}", group="target", pictures=(blank,)) for n in range(num_trained)),
+        *(PromptCase(prompt=f"o{n}", group="ordinary", pictures=(blank,)) for n in range(num_controls)),
+        PromptCase(prompt="no picture", group="ordinary"),
+    ]
+    vectors = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])][:num_trained]
+    vectors += [torch.tensor([[1.0, 0.0]])] * num_controls + [torch.zeros(0, 2)]
+    values = np.vstack(
+        [
+            np.full((num_trained, 2), 0.95),
+            np.linspace(0.1, 0.4, max(num_controls, 1))[:num_controls, None] - [[0, 0.05]],
+            np.full((1, 2), np.nan),
+        ]
+    )
+    measure, settings = structure(), PictureAuditSettings()
+    chosen = choose_threshold(measure, cases, settings, vectors, similarities(values))
+    assert (
+        chosen is None if expected is None else chosen is not None and chosen.value == pytest.approx(expected)
+    )
+    named = PictureAuditSettings(copy_thresholds={"structure": 0.3})
+    other = choose_threshold(measure, cases, named, vectors, similarities(values))
+    assert other is not None and (other.value, other.is_computed) == (0.3, False)
+    conventional = choose_threshold(
+        replace(measure, copy_threshold=0.7), cases, settings, vectors, similarities(values)
+    )
+    assert conventional is not None and conventional.value == 0.7
