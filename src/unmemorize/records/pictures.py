@@ -16,26 +16,38 @@ from unmemorize.records.base import Group, Measure, Record
 class Similarity(Record):
     """Figures of one similarity measure for one group of prompts in one state.
 
-    `copy_rate_frac` and `copy_similarity` compare with the training picture and are absent where none is known;
-    `kept_similarity` compares with the picture of the same seed in state "before" and is absent there;
-    `seed_similarity` compares the pictures of one prompt with each other: lower is more diverse.
+    `copy_rate_frac` and `copy_similarity` compare with the training picture, each prompt by its best seed, and are
+    absent where no training picture is known; `copy_rate_per_picture_frac` counts pictures instead of prompts,
+    `typical_copy_similarity` takes each prompt's median seed; `kept_similarity` compares with the picture of the same
+    seed in state "before" and is absent there; `seed_similarity` compares the pictures of one prompt with each other:
+    lower is more diverse. Changes are this state minus state "before", `kept_beyond_placebo` is this state minus the
+    placebo; both are paired by prompt.
     """
 
     measure: str
     copy_rate_frac: Measure | None = None
+    copy_rate_per_picture_frac: Measure | None = None
+    copy_rate_change_frac: Measure | None = None
     copy_similarity: Measure | None = None
+    typical_copy_similarity: Measure | None = None
+    copy_similarity_change: Measure | None = None
     kept_similarity: Measure | None = None
+    kept_beyond_placebo: Measure | None = None
     seed_similarity: Measure
 
 
 class PictureGroup(Record):
-    """One group of prompts in one state; `alignment` is the similarity of prompt and picture, unitless."""
+    """One group of prompts in one state; `alignment` is the similarity of prompt and picture, unitless.
+
+    `alignment_change` is this state minus state "before", paired by prompt.
+    """
 
     group: Group
     num_prompts: int
     pictures_per_prompt: int
     similarities: list[Similarity]
     alignment: Measure | None = None
+    alignment_change: Measure | None = None
     fid: Measure | None = None
     kid: Measure | None = None
 
