@@ -43,7 +43,7 @@ def read_png(folder: Path, path: str) -> tuple[bytes, str]:
         return b"", "not made"
     found = _inside(folder, path)
     if found is None:
-        return b"", f"{clip(path, 80)} is missing"
+        return b"", f"{clip(path, 80)} is missing or not in the run folder"
     try:
         data = found.read_bytes()
     except OSError as error:
@@ -53,7 +53,7 @@ def read_png(folder: Path, path: str) -> tuple[bytes, str]:
     if b"IEND" not in data[-64:]:
         return b"", f"{clip(path, 80)} is cut off"
     if not 0 < min(size_px(data)) <= max(size_px(data)) <= MAX_SIDE_PX:
-        return b"", f"{clip(path, 80)} is larger than {MAX_SIDE_PX} pixels"
+        return b"", f"{clip(path, 80)} has a side of 0 or more than {MAX_SIDE_PX} pixels"
     return data, ""
 
 
