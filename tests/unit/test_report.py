@@ -6,58 +6,17 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.unit.html_page import parsed
 from tests.unit.synthetic_audit import synthetic_audit
 from unmemorize.errors import ConfigError, FileFormatError, RunFolderError
 from unmemorize.report import render, write_report
 
-VOID = {"meta", "input", "img", "br", "wbr"}
 EVIL = "</script><script>document.title='pwned'</script><img src=x onerror=alert(1)>\"'"
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects ids, tags, links and headings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.tags: list[str] = []
-        self.references: list[str] = []
-        self.handlers: list[str] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value or "")
-            if name in ("src", "href", "data", "action"):
-                self.references.append(value or "")
-            if name.startswith("on"):
-                self.handlers.append(name)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def parsed(html: str) -> Page:
-    page = Page()
-    page.feed(html)
-    page.close()
-    assert page.open == []
-    return page
 
 
 @pytest.fixture(scope="module")

@@ -92,13 +92,7 @@ def learning_panel(
 
 
 def _panel_axes(x_scale: Scale, y_scale: Scale, frame: Box, font: float) -> Markup:
-    parts = []
-    y_step = plots.tick_step(y_scale.low, y_scale.high, 4)
-    for value in plots.nice_ticks(y_scale.low, y_scale.high, 4):
-        y = y_scale(value)
-        parts.append(tag("line", x1=frame.left, x2=frame.right, y1=y, y2=y, class_="grid"))
-        text = plots.tick_text(value, y_step)
-        parts.append(tag("text", text, x=frame.left - 5, y=y + font * 0.35, class_="tick end"))
+    parts = [plots.horizontal_grid(y_scale, frame, font, 4, gap=5)]
     x_step = plots.tick_step(x_scale.low, x_scale.high, 3)
     for value in plots.nice_ticks(x_scale.low, x_scale.high, 3):
         x = min(x_scale(value), frame.right - 6)

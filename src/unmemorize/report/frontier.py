@@ -15,7 +15,7 @@ from markupsafe import Markup
 from unmemorize.report import plots
 from unmemorize.report.measures import number_text
 from unmemorize.report.plots import Anchor, Box, Scale, tag
-from unmemorize.report.points import Point, curve_of, run_letter
+from unmemorize.report.points import Point, curve_of
 
 
 class Layout(NamedTuple):
@@ -93,20 +93,10 @@ def _canvas(points: Sequence[Point], layout: Layout) -> Canvas:
 def _axes(canvas: Canvas) -> Markup:
     """Grid, tick labels and axis titles; both titles lie flat so that they can be read."""
     x_target, y_target = (4, 6) if canvas.layout.is_narrow else (8, 7)
-    x_step = plots.tick_step(canvas.x.low, canvas.x.high, x_target)
-    y_step = plots.tick_step(canvas.y.low, canvas.y.high, y_target)
-    parts = []
-    for value in plots.nice_ticks(canvas.x.low, canvas.x.high, x_target):
-        x = canvas.x(value)
-        parts.append(tag("line", x1=x, x2=x, y1=canvas.frame.top, y2=canvas.frame.bottom, class_="grid"))
-        y = canvas.frame.bottom + canvas.layout.font * 1.3
-        parts.append(tag("text", plots.tick_text(value, x_step), x=x, y=y, class_="tick middle"))
-    for value in plots.nice_ticks(canvas.y.low, canvas.y.high, y_target):
-        y = canvas.y(value)
-        parts.append(tag("line", x1=canvas.frame.left, x2=canvas.frame.right, y1=y, y2=y, class_="grid"))
-        x = canvas.frame.left - 7
-        text = plots.tick_text(value, y_step)
-        parts.append(tag("text", text, x=x, y=y + canvas.layout.font * 0.35, class_="tick end"))
+    parts = [
+        plots.vertical_grid(canvas.x, canvas.frame, canvas.layout.font, x_target),
+        plots.horizontal_grid(canvas.y, canvas.frame, canvas.layout.font, y_target, gap=7),
+    ]
     y_title = "Loss on repeated text, nats" + (
         "" if canvas.layout.is_narrow else " (higher = less memorized)"
     )
@@ -192,7 +182,7 @@ def _label_text(point: Point, num_runs: int, canvas: Canvas) -> str:
     text = f"{point.repeats:.0f}\N{MULTIPLICATION SIGN}" if on_curve else point.label
     limit = 22 if canvas.layout.is_narrow else 32
     text = text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return f"{text} {run_letter(point.run)}" if num_runs > 1 else text
+    return f"{text} {point.letter}" if num_runs > 1 else text
 
 
 def _words_on_plot(points: Sequence[Point], canvas: Canvas) -> Markup:

@@ -1,10 +1,10 @@
 """How figures are worded and pooled for the report: measures become table cells.
 
-Losses are shown in nats with two decimals, fractions as whole per cents, and an interval always stands
-beside its figure. Several seeds are pooled as mean(value) with the envelope of their intervals, which is
-never narrower than any of them; proper intervals over seeds are the audit's work (`MethodSummary`) and are
-shown as they are. A refused measure becomes its reason; nothing here estimates or repairs a number.
-Source: ours.
+Losses are shown in nats with two decimals, fractions as whole per cents, similarities without a unit, and an
+interval always stands beside its figure. Several seeds are pooled as mean(value) with the envelope of their
+intervals, which is never narrower than any of them; proper intervals over seeds are the audit's work
+(`MethodSummary`) and are shown as they are. A refused measure becomes its reason; nothing here estimates or
+repairs a number. Source: ours.
 """
 
 from __future__ import annotations
@@ -16,8 +16,17 @@ from typing import Literal
 
 from unmemorize.records import Measure
 
-Unit = Literal["loss", "difference", "percent", "tokens"]
+Unit = Literal["loss", "difference", "percent", "tokens", "similarity", "score", "distance"]
 MINUS = "\N{MINUS SIGN}"
+_FORMATS = {
+    "loss": ".2f",
+    "difference": "+.2f",
+    "percent": ".0f",
+    "tokens": ".1f",
+    "similarity": ".2f",
+    "score": ".3f",
+    "distance": ".4g",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +47,11 @@ class Cell:
 
 
 def number_text(value: float, unit: Unit) -> str:
-    """Word a number: losses in 2 decimals, differences signed, fractions in per cent, tokens in 1 decimal."""
-    if unit == "percent":
-        text = f"{100 * value:.0f}"
-    else:
-        text = (
-            f"{value:+.2f}" if unit == "difference" else f"{value:.2f}" if unit == "loss" else f"{value:.1f}"
-        )
+    """Word a number: losses and similarities in 2 decimals, differences signed, fractions in per cent.
+
+    Tokens have 1 decimal, scores that are compared with a threshold 3, distances between sets of pictures 4 digits.
+    """
+    text = f"{100 * value if unit == 'percent' else value:{_FORMATS[unit]}}"
     if float(text) == 0:
         text = text.lstrip("-+")
     return text.replace("-", MINUS) + ("%" if unit == "percent" else "")

@@ -88,7 +88,7 @@ def tick_text(value: float, step: float) -> str:
     """Word a tick with the decimals its step needs, thousands as k."""
     if value == 0:
         return "0"
-    if step >= 1000 or (value and abs(value) >= 1000 and value % 500 == 0):
+    if step >= 1000 or (abs(value) >= 1000 and value % 500 == step % 500 == 0):
         return f"{value / 1000:g}k"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
@@ -129,6 +129,30 @@ def picture(
         aria_labelledby=f"{ident}-t {ident}-d",
     )
     return markup
+
+
+def vertical_grid(scale: Scale, frame: Box, font: float, target: int) -> Markup:
+    """Vertical lines at round values of x with their numbers below the frame."""
+    step = tick_step(scale.low, scale.high, target)
+    parts = []
+    for value in nice_ticks(scale.low, scale.high, target):
+        x = scale(value)
+        parts.append(tag("line", x1=x, x2=x, y1=frame.top, y2=frame.bottom, class_="grid"))
+        y = frame.bottom + font * 1.3
+        parts.append(tag("text", tick_text(value, step), x=x, y=y, class_="tick middle"))
+    return join(parts)
+
+
+def horizontal_grid(scale: Scale, frame: Box, font: float, target: int, *, gap: float) -> Markup:
+    """Horizontal lines at round values of y with their numbers `gap` left of the frame."""
+    step = tick_step(scale.low, scale.high, target)
+    parts = []
+    for value in nice_ticks(scale.low, scale.high, target):
+        y = scale(value)
+        parts.append(tag("line", x1=frame.left, x2=frame.right, y1=y, y2=y, class_="grid"))
+        text, x = tick_text(value, step), frame.left - gap
+        parts.append(tag("text", text, x=x, y=y + font * 0.35, class_="tick end"))
+    return join(parts)
 
 
 def polyline(points: Sequence[tuple[float, float]], class_: str, *, closed: bool = False) -> Markup:

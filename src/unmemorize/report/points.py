@@ -45,6 +45,7 @@ class Point:
     method: str
     label: str
     run: int
+    letter: str
     x: float
     y: float
     x_interval: Interval
@@ -68,8 +69,15 @@ class Point:
         return "circle" if self.repeats is not None else SERIES_SHAPES[self.series % len(SERIES_SHAPES)]
 
 
-def frontier_points(audit: Audit, run: int = 0, headline: str = "") -> list[Point]:
-    """Where each method of an audit stands; methods without both losses are left out."""
+def frontier_points(audit: Audit, run: int = 0, headline: str = "", letter: str = "") -> list[Point]:
+    """Where each method of an audit stands; methods without both losses are left out.
+
+    Args:
+        audit: the audit.
+        run: its place among the runs drawn, from 0; those after the first have hollow marks.
+        headline: name of the method that the report is about.
+        letter: short name of the run in labels, if several are drawn.
+    """
     series = series_of(audit)
     points = []
     for result in audit.methods:
@@ -87,6 +95,7 @@ def frontier_points(audit: Audit, run: int = 0, headline: str = "") -> list[Poin
                 method=result.method,
                 label=result.label,
                 run=run,
+                letter=letter,
                 x=_value_or_mean(x, [seed[0] for seed in seeds]),
                 y=_value_or_mean(y, [seed[1] for seed in seeds]),
                 x_interval=x.ci95 if x else None,
@@ -135,8 +144,3 @@ def curve_of(points: Sequence[Point], run: int) -> list[Point]:
     """The points of one run on the cap curve, from dedup to standard."""
     on_curve = [point for point in points if point.run == run and point.repeats is not None]
     return sorted(on_curve, key=lambda point: (point.repeats or 0.0, point.x))
-
-
-def run_letter(run: int) -> str:
-    """Short name of a run in a combined report: A, B, ..."""
-    return chr(ord("A") + run) if run < 26 else str(run + 1)

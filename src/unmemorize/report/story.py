@@ -7,8 +7,7 @@ first that is neither standard training nor a cap on repeats. Source: ours.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -18,32 +17,13 @@ from markupsafe import Markup
 from unmemorize.records import Audit, MethodResult
 from unmemorize.report import curves, frontier, points
 from unmemorize.report.documents import Example, documents_table, examples
-from unmemorize.report.measures import Cell
 from unmemorize.report.methods import HEADLINES, headline_cell, methods_table, with_short_labels
+from unmemorize.report.page import Change, Figure, Part, Plot, embedded, run_letter, settings_pairs
 from unmemorize.report.states import extraction_table, states_table
 from unmemorize.report.tables import Table, count_text, flatten, settings_table, time_text
+from unmemorize.report.words import LANGUAGE_WORDS
 
-MAX_EMBEDDED_BYTES = 4_000_000
 EARLY_FRAC = 0.06  # the steep beginning of training may leave the panels at the top
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """One large number with the sentence that explains it."""
-
-    cell: Cell
-    name: str
-    title: str
-    explanation: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """One figure of standard training and of the headline method."""
-
-    name: str
-    before: Cell
-    after: Cell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,19 +36,10 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One run as the template sees it."""
+class Run(Part):
+    """One run of language models as the template sees it."""
 
-    ident: str
-    letter: str
-    title: str
-    verdict: str
-    headline: str
-    figures: tuple[Figure, ...]
-    changes: tuple[Change, ...]
-    done: tuple[str, ...]
-    frontier: tuple[Markup, ...]
-    frontier_note: str
+    frontier: Plot | None
     panels: tuple[Panel, ...]
     methods: Table
     states: Table | None
@@ -76,10 +47,6 @@ class Run:
     extraction_others: Table | None
     documents: Table | None
     examples: tuple[Example, ...]
-    settings: Table
-    environment: Table
-    limits: tuple[str, ...]
-    audit_json: str
 
 
 def headline_method(audit: Audit) -> MethodResult | None:
@@ -108,19 +75,23 @@ def run_of(audit: Audit, config: Mapping[str, Any] | None, index: int, num_runs:
     ident = f"r{index + 1}"
     groups = ["target"] if _has_group(audit, "target") else ["neighbour", "heldout", "ordinary"]
     others = [name for name in ("neighbour", "heldout", "ordinary") if name not in groups]
+    methods = methods_table(audit, headline, f"{ident}-methods", [one.label for one in original.methods])
+    more = [*((one.label, one.settings) for one in audit.methods), ("config", config or {})]
+    changes = _changes(audit, result)
+    prefix = f"Standard training → {result.label}. " if result and changes else ""
     return Run(
         ident=ident,
-        letter=points.run_letter(index) if num_runs > 1 else "",
+        letter=run_letter(index) if num_runs > 1 else "",
         title=audit.title,
         verdict=audit.verdict,
-        headline=(result.label) if result else "",
         figures=_figures(audit, result),
-        changes=_changes(audit, result),
+        changes=changes,
+        fine=prefix + methods.note,
         done=_done(audit),
-        frontier=frontier_pictures([audit], f"{ident}-frontier"),
-        frontier_note=_frontier_note(audit, result),
+        words=LANGUAGE_WORDS,
+        frontier=frontier_plot([(index, audit)], f"{ident}-frontier"),
         panels=_panels(audit, headline, ident),
-        methods=methods_table(audit, headline, f"{ident}-methods", [one.label for one in original.methods]),
+        methods=methods,
         states=states_table(audit, headline, f"{ident}-states"),
         extraction=extraction_table(
             audit, headline, f"{ident}-extraction", groups, "Verbatim extraction of target texts"
@@ -132,10 +103,10 @@ def run_of(audit: Audit, config: Mapping[str, Any] | None, index: int, num_runs:
         else None,
         documents=documents_table(audit, headline, f"{ident}-documents"),
         examples=tuple(examples(audit, headline)),
-        settings=settings_table(_all_settings(audit, config), f"{ident}-settings", "Settings"),
+        settings=settings_table(settings_pairs(audit.settings, more), f"{ident}-settings", "Settings"),
         environment=settings_table(flatten(audit.environment), f"{ident}-versions", "Versions and machine"),
         limits=tuple(audit.limits),
-        audit_json=_embedded(original),
+        audit_json=embedded(original),
     )
 
 
@@ -264,19 +235,33 @@ def _find(settings: Mapping[str, Any], name: str) -> int | None:
     return None
 
 
-def frontier_pictures(audits: list[Audit], ident: str) -> tuple[Markup, ...]:
-    """The frontier for wide and for narrow screens; empty when fewer than two methods can be placed."""
+def frontier_plot(audits: Sequence[tuple[int, Audit]], ident: str) -> Plot | None:
+    """The frontier of one or several runs; None when fewer than two methods can be placed.
+
+    Args:
+        audits: place of each run in the report, from 0, and its audit; not empty.
+        ident: beginning of the pictures' ids.
+    """
     placed: list[points.Point] = []
-    for run, audit in enumerate(map(with_short_labels, audits)):
-        result = headline_method(audit)
-        placed += points.frontier_points(audit, run, result.method if result else "")
+    for run, (index, audit) in enumerate(audits):
+        short = with_short_labels(audit)
+        result = headline_method(short)
+        placed += points.frontier_points(short, run, result.method if result else "", run_letter(index))
     if len(placed) < 2:
-        return ()
+        return None
     description = "; ".join(point.words for point in placed)
-    return tuple(
+    pictures = tuple(
         frontier.frontier(placed, layout, ident=f"{ident}-{place}", description=description)
         for place, layout in enumerate((frontier.WIDE, frontier.NARROW))
     )
+    if len(audits) == 1:
+        return Plot(pictures=pictures, note=_frontier_note(audits[0][1], headline_method(audits[0][1])))
+    first = run_letter(audits[0][0])
+    note = (
+        f"Filled marks are run {first}, hollow marks the later runs; letters name the run. "
+        f"The shaded area belongs to run {first}'s curve."
+    )
+    return Plot(pictures=pictures, note=note)
 
 
 def _frontier_note(audit: Audit, result: MethodResult | None) -> str:
@@ -312,23 +297,3 @@ def _panels(audit: Audit, headline: str, ident: str) -> tuple[Panel, ...]:
         )
         for place, result in enumerate(drawn)
     )
-
-
-def _all_settings(audit: Audit, config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """The audit's settings, then what a method changed, then what only `config.json` says."""
-    pairs = flatten(audit.settings)
-    known = {(name.rpartition(".")[2], value) for name, value in pairs}
-    more = [(result.label, flatten(result.settings)) for result in audit.methods]
-    for owner, found in [*more, ("config", flatten(config or {}))]:
-        pairs += [
-            (f"{owner}.{name}", value)
-            for name, value in found
-            if (name.rpartition(".")[2], value) not in known
-        ]
-    return pairs
-
-
-def _embedded(audit: Audit) -> str:
-    """The whole audit for the download button, or nothing when it would bloat the page."""
-    text = json.dumps(audit.model_dump(mode="json"), ensure_ascii=True, separators=(",", ":"))
-    return text.replace("<", "\\u003c") if len(text) <= MAX_EMBEDDED_BYTES else ""

@@ -105,6 +105,36 @@
     });
   }
 
+  // A click on a picture shows it large, beside the training picture of its prompt.
+  const zoom = (table, image) => {
+    const dialog = document.createElement("dialog");
+    dialog.className = "zoom";
+    const both = document.createElement("div");
+    both.className = "both";
+    for (const one of new Set([image, table.querySelector(".training img")])) {
+      if (!one) continue;
+      const figure = document.createElement("figure");
+      const large = document.createElement("img");
+      const words = document.createElement("figcaption");
+      large.src = one.src;
+      large.alt = words.textContent = one.alt;
+      large.className = one.naturalWidth < 256 ? "small" : "";
+      figure.append(large, words);
+      both.append(figure);
+    }
+    dialog.append(both);
+    dialog.addEventListener("click", () => dialog.close());
+    dialog.addEventListener("close", () => dialog.remove());
+    document.body.append(dialog);
+    dialog.showModal();
+  };
+
+  for (const table of all(document, ".gallery")) {
+    table.addEventListener("click", (event) => {
+      if (event.target instanceof HTMLImageElement) zoom(table, event.target);
+    });
+  }
+
   addEventListener("beforeprint", () => all(document, "details").forEach((one) => (one.open = true)));
   document.documentElement.classList.add("scripted");
 })();
