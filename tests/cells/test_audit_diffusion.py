@@ -579,3 +579,40 @@ def test_controls_decide_alone_once_there_are_enough(
         replace(measure, copy_threshold=0.7), cases, settings, vectors, similarities(values)
     )
     assert conventional is not None and conventional.value == 0.7
+
+
+def test_each_prompt_can_have_a_block_of_its_own(tmp_path: Path) -> None:
+    """With neurons off for one prompt alone, its pictures are those of the state with them off, others are untouched."""
+    pipe = tiny_pipeline("sd1")
+    site = find_sites(pipe)[0]
+    chosen = NeuronSet(fingerprint(pipe), {site: tuple(range(site.width))})
+    settings = replace(SETTINGS, seeds=(1,), num_steps=2, size_px=64, batch_size=4)
+    cases = [PromptCase(prompt=text, group="target") for text in ("a red cat", "the moon")]
+
+    def off() -> Any:
+        return gated(denoiser_of(pipe), closed(chosen))
+
+    own = Way(
+        state="own",
+        label="own",
+        pipe=pipe,
+        prompt_context=lambda prompt: off() if prompt == "a red cat" else nullcontext(),
+    )
+    ways = [
+        Way(state="before", label="before", pipe=pipe),
+        own,
+        Way(state="off", label="off", pipe=pipe, context=off),
+    ]
+    audit_pictures(cases, ways, settings, tmp_path)
+    files = {way.state: sorted((tmp_path / "pictures" / way.state).glob("*.png")) for way in ways}
+    pictures = {state: [read_picture(path) for path in paths] for state, paths in files.items()}
+    # Batches of one and of two prompts round differently, by one grey level.
+    apart = [
+        [
+            np.abs(one.astype(int) - other.astype(int)).max()
+            for one, other in zip(pictures["own"], pictures[state], strict=True)
+        ]
+        for state in ("off", "before")
+    ]
+    assert apart[0][0] <= 1 and apart[1][1] <= 1
+    assert apart[0][1] > 1 and apart[1][0] > 1

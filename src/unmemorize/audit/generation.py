@@ -18,7 +18,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def make_pictures(
     files = {job: folder / f"{job[0]:04d}-{job[1]}.png" for job in jobs}
     batches = [
         batch
-        for batch in _layout(jobs, settings.batch_size, is_single=way.arguments is not None)
+        for batch in _layout(jobs, settings.batch_size, is_single=way.is_by_prompt)
         if not all(files[job].exists() for job in batch)
     ]
     maker = _Maker(way, cases, settings, settings.batch_size)
@@ -166,7 +166,10 @@ class _Maker:
             if _is_one_prompt(own):
                 arguments["num_images_per_prompt"] = len(piece)
             arguments |= own
-        return _as_pictures(self.way.pipe(**arguments).images, len(piece), self.way.state)
+        context = nullcontext() if self.way.prompt_context is None else self.way.prompt_context(prompts[0])
+        with context:
+            images = self.way.pipe(**arguments).images
+        return _as_pictures(images, len(piece), self.way.state)
 
     def _usual(self, prompts: list[str], seeds: tuple[int, ...]) -> dict[str, Any]:
         size = {"height": self.settings.size_px, "width": self.settings.size_px}

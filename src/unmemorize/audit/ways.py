@@ -83,6 +83,7 @@ class Way:
         context: makes the `with` block in which the pipeline is in this state.
         arguments: (prompt, seeds of the batch) -> arguments of the pipeline's call that replace the usual ones, such
             as another `prompt`, or `prompt_embeds` with one row.
+        prompt_context: prompt -> a further `with` block for its pictures alone, such as its own neurons off.
     """
 
     state: str
@@ -94,6 +95,12 @@ class Way:
     identity: str = ""
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     arguments: Callable[[str, tuple[int, ...]], Mapping[str, Any]] | None = None
+    prompt_context: Callable[[str], AbstractContextManager[Any]] | None = None
+
+    @property
+    def is_by_prompt(self) -> bool:
+        """Whether what is done depends on the prompt, so that no call may hold two."""
+        return self.arguments is not None or self.prompt_context is not None
 
 
 def check_ways(ways: Sequence[Way]) -> None:
