@@ -582,7 +582,7 @@ def test_controls_decide_alone_once_there_are_enough(
 
 
 def test_each_prompt_can_have_a_block_of_its_own(tmp_path: Path) -> None:
-    """With neurons off for one prompt alone, its pictures are those of the state with them off, others are untouched."""
+    """Its pictures are those of the state with the neurons off; those of the other prompt are untouched."""
     pipe = tiny_pipeline("sd1")
     site = find_sites(pipe)[0]
     chosen = NeuronSet(fingerprint(pipe), {site: tuple(range(site.width))})
