@@ -351,6 +351,7 @@ def test_neuron_map_is_proportional_and_marks_every_chosen_neuron(
 
 def test_neuron_table_and_short_paths(audit: PictureAudit) -> None:
     assert short_paths(["a.b.0.x.v", "a.b.1.x.v", "a.mid.x.v"]) == ["b.0", "b.1", "mid"]
+    assert short_paths(["a.downs.0.v", "a.downs.1.v"]) == ["downs.0", "downs.1"]
     assert short_paths(["a.b"]) == ["a.b"] and short_paths(["a", "a"]) == ["a", "a"]
     site = SiteNeurons(path="a", width=9, indices=[3, 5, 7], num_prompts=[1, 6])
     table = neuron_table(audit.model_copy(update={"sites": [site]}), "n")
@@ -383,6 +384,8 @@ def test_the_result_is_the_named_state_or_after_or_the_first_that_is_no_control(
         for state in audit.states
     ]
     assert result_state(audit.model_copy(update={"states": states})) == "refined"
+    earlier = audit.states[2].model_copy(update={"state": "initial"})
+    assert result_state(audit.model_copy(update={"states": [earlier, *audit.states]})) == "after"
     controls = [state for state in states if state.state in ("before", "placebo")]
     assert result_state(audit.model_copy(update={"states": controls})) == ""
 
