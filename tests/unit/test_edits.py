@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.reference.value_edit import edited_rows
 from unmemorize.errors import ConfigError, FileFormatError, ShapeMismatch
-from unmemorize.remove.edits import Correction, correction, drift_frac, kept_frac
+from unmemorize.remove.edits import Correction, Memorized, correction, drift_frac, kept_frac
 from unmemorize.remove.moments import SecondMoments, load_second_moments
 
 WIDTH, ROWS = 12, 5
@@ -29,12 +29,9 @@ def solve(
     strength: float = 1.0,
     ridge_frac: float = 1e-3,
 ) -> Correction:
-    surplus = inputs if wanted is None else inputs - wanted
     return correction(
-        inputs.T @ inputs,
-        surplus.T @ inputs,
+        Memorized.of(inputs, wanted),
         ordinary.T @ ordinary / len(ordinary),
-        num_inputs=len(inputs),
         strength=strength,
         ridge_frac=ridge_frac,
     )
@@ -43,7 +40,9 @@ def solve(
 @pytest.mark.parametrize("strength", [0.01, 1.0, 50.0])
 @pytest.mark.parametrize("num_inputs", [1, 4, 30])
 @pytest.mark.parametrize("has_wanted", [False, True])
-def test_the_edit_solves_its_least_squares_problem(strength: float, num_inputs: int, has_wanted: bool) -> None:
+def test_the_edit_solves_its_least_squares_problem(
+    strength: float, num_inputs: int, has_wanted: bool
+) -> None:
     weight, inputs, ordinary = (
         random(ROWS, WIDTH, seed=0),
         random(num_inputs, WIDTH, seed=1),
@@ -54,6 +53,13 @@ def test_the_edit_solves_its_least_squares_problem(strength: float, num_inputs: 
     expected = edited_rows(weight, inputs, wanted, list(ordinary), strength, 1e-3)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
     assert not torch.allclose(found, weight)
+    parts = [Memorized.of(x[None], m[None]) for x, m in zip(inputs, wanted, strict=True)]
+    moments = ordinary.T @ ordinary / 40
+    streamed = correction(sum(parts[1:], start=parts[0]), moments, strength=strength, ridge_frac=1e-3)
+    torch.testing.assert_close(streamed.applied(weight), expected, rtol=1e-8, atol=1e-8)
+    distance = (weight @ inputs.T - weight @ wanted.T).norm()
+    left = kept_frac(weight, found, Memorized.of(inputs, wanted)) * distance
+    torch.testing.assert_close(left, (found @ inputs.T - weight @ wanted.T).norm(), rtol=1e-6, atol=1e-9)
 
 
 def test_one_memorized_input_shrinks_by_the_stated_factor() -> None:
@@ -65,14 +71,19 @@ def test_one_memorized_input_shrinks_by_the_stated_factor() -> None:
         stated = 1 / (1 + strength * float(x[0] @ torch.linalg.solve(regular, x[0])))
         assert solved.shrink_frac.tolist() == pytest.approx([stated])
         torch.testing.assert_close(solved.applied(weight) @ x[0], stated * (weight @ x[0]))
-        assert kept_frac(weight, solved.applied(weight), x.T @ x) == pytest.approx(stated)
+        assert kept_frac(weight, solved.applied(weight), Memorized.of(x)) == pytest.approx(stated)
 
 
 def test_infinite_strength_is_a_constraint() -> None:
-    weight, inputs, ordinary = random(ROWS, WIDTH, seed=0), random(4, WIDTH, seed=1), random(40, WIDTH, seed=2)
+    weight, inputs, ordinary = (
+        random(ROWS, WIDTH, seed=0),
+        random(4, WIDTH, seed=1),
+        random(40, WIDTH, seed=2),
+    )
     wanted = random(4, WIDTH, seed=3)
     after = solve(inputs, ordinary, wanted=wanted, strength=math.inf).applied(weight)
     torch.testing.assert_close(after @ inputs.T, weight @ wanted.T)
+    assert kept_frac(weight, after, Memorized.of(inputs, wanted)) < 1e-9
     silent = solve(inputs, ordinary, strength=math.inf)
     assert (silent.applied(weight) @ inputs.T).abs().max() < 1e-10
     assert silent.shrink_frac.abs().max() < 1e-10
@@ -87,23 +98,31 @@ def test_ordinary_directions_that_memorized_inputs_do_not_use_are_kept_exactly()
     after = solve(inputs, ordinary, strength=10.0, ridge_frac=1e-6).applied(weight)
     torch.testing.assert_close(after @ ordinary.T, weight @ ordinary.T, rtol=0, atol=1e-12)
     assert drift_frac(weight, after, ordinary.T @ ordinary / 40) < 1e-12
-    assert kept_frac(weight, after, inputs.T @ inputs) < 1e-4
+    assert kept_frac(weight, after, Memorized.of(inputs)) < 1e-4
 
 
 def test_more_strength_keeps_less_memory_and_moves_ordinary_values_more() -> None:
-    weight, inputs, ordinary = random(ROWS, WIDTH, seed=0), random(2, WIDTH, seed=1), random(40, WIDTH, seed=2)
+    weight, inputs, ordinary = (
+        random(ROWS, WIDTH, seed=0),
+        random(2, WIDTH, seed=1),
+        random(40, WIDTH, seed=2),
+    )
     moment = ordinary.T @ ordinary / 40
     results = [
         solve(inputs, ordinary, strength=s).applied(weight) for s in (0.0, 0.01, 0.1, 1.0, 10.0, math.inf)
     ]
-    kept = [kept_frac(weight, after, inputs.T @ inputs) for after in results]
+    kept = [kept_frac(weight, after, Memorized.of(inputs)) for after in results]
     drift = [drift_frac(weight, after, moment) for after in results]
     assert kept == sorted(kept, reverse=True) and kept[0] == 1.0 and kept[-1] < 1e-9
     assert drift == sorted(drift) and drift[0] == 0.0
 
 
 def test_the_change_has_low_rank_and_leaves_no_zero_row() -> None:
-    weight, inputs, ordinary = random(ROWS, WIDTH, seed=0), random(2, WIDTH, seed=1), random(40, WIDTH, seed=2)
+    weight, inputs, ordinary = (
+        random(ROWS, WIDTH, seed=0),
+        random(2, WIDTH, seed=1),
+        random(40, WIDTH, seed=2),
+    )
     doubled = torch.cat([inputs, inputs])
     for tokens in (inputs, doubled):
         solved = solve(tokens, ordinary, strength=5.0)
@@ -114,7 +133,11 @@ def test_the_change_has_low_rank_and_leaves_no_zero_row() -> None:
 
 
 def test_no_strength_changes_no_bit_and_rounding_happens_once() -> None:
-    weight, inputs, ordinary = random(ROWS, WIDTH, seed=0), random(3, WIDTH, seed=1), random(40, WIDTH, seed=2)
+    weight, inputs, ordinary = (
+        random(ROWS, WIDTH, seed=0),
+        random(3, WIDTH, seed=1),
+        random(40, WIDTH, seed=2),
+    )
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         stored = weight.to(dtype)
         assert torch.equal(solve(inputs, ordinary, strength=0.0).applied(stored), stored)

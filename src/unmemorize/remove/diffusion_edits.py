@@ -9,7 +9,7 @@ memorized inputs, and an edit solved for one pass would promise nothing about an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from unmemorize.remove.diffusion_moments import (
     text_fingerprint,
     text_states,
 )
-from unmemorize.remove.edits import Correction, correction, drift_frac, kept_frac
+from unmemorize.remove.edits import Correction, Memorized, correction, drift_frac, kept_frac
 from unmemorize.remove.moments import SecondMoments
 
 Target = Literal["zero", "ordinary"]
@@ -46,8 +46,9 @@ class EditFigures:
         num_rows: changed rows (neurons).
         num_zero_rows: rows that are zero now and were not: what can be seen without the original.
         rank: largest rank of a layer's change (singular values above 1e-3 of the largest, which hides rounding).
-        kept_frac: memorized values after, as a fraction of before, at most over the changed layers; see `edits.py`.
-        drift_frac: change of ordinary values as a fraction of them, at most over the changed layers; see `edits.py`.
+        kept_frac: memorized values of the changed rows after, as a fraction of before; largest layer.
+        excess_frac: the same for what these values have beyond those of the mean ordinary state at their position.
+        drift_frac: change of the changed rows' ordinary values, as a fraction of them; largest layer.
     """
 
     num_sites: int
@@ -55,6 +56,7 @@ class EditFigures:
     num_zero_rows: int
     rank: int
     kept_frac: float
+    excess_frac: float
     drift_frac: float
 
     def manifest(self) -> dict[str, Any]:
@@ -69,8 +71,8 @@ def edit_values(
     *,
     neurons: NeuronSet | None = None,
     sites: Sequence[Site] | None = None,
-    strength: float = 1.0,
-    target: Target = "zero",
+    strength: float = 0.01,
+    target: Target = "ordinary",
     positions: Sequence[str] = POSITIONS,
     ridge_frac: float = 1e-3,
     row: DenoiserRow | None = None,
@@ -141,21 +143,24 @@ def edit_figures(
         NeuronSetMismatch: if the moments belong to another text encoder.
     """
     require_text(ordinary, text_fingerprint(before, row))
-    memorized, _, _ = _memorized(before, prompts, None, positions, row)
+    silent = _memorized(before, prompts, None, positions, row)
+    usual = _memorized(before, prompts, ordinary.position_means, positions, row)
     blocks = [name for name, _ in (row or row_for(before)).blocks]
     pairs = [
         tuple(_weight(pipe, site.path) for pipe in (before, after))
         for site in find_sites(before, blocks=blocks, row=row)
     ]
-    changes = [(a, b) for a, b in pairs if not torch.equal(a, b)]
+    moved = [((a != b).any(1), a, b) for a, b in pairs]
+    changes = [(a[rows], b[rows]) for rows, a, b in moved if bool(rows.any())]
     zero_rows = [int(((b == 0).all(1) & ~(a == 0).all(1)).sum()) for a, b in changes]
     moment = ordinary.mean_product
     return EditFigures(
         num_sites=len(changes),
-        num_rows=sum(int((a != b).any(1).sum()) for a, b in changes),
+        num_rows=sum(len(a) for a, _ in changes),
         num_zero_rows=sum(zero_rows),
         rank=max((int(torch.linalg.matrix_rank(b - a, rtol=1e-3)) for a, b in changes), default=0),
-        kept_frac=max((kept_frac(a, b, memorized) for a, b in changes), default=1.0),
+        kept_frac=max((kept_frac(a, b, silent) for a, b in changes), default=1.0),
+        excess_frac=max((kept_frac(a, b, usual) for a, b in changes), default=1.0),
         drift_frac=max((drift_frac(a, b, moment) for a, b in changes), default=0.0),
     )
 
@@ -176,15 +181,8 @@ def _solved(
         raise DataError("the second moments hold no captions; collect them from ordinary captions")
     require_text(ordinary, text_fingerprint(pipe, row))
     means = ordinary.position_means if target == "ordinary" else None
-    memorized, excess, num_tokens = _memorized(pipe, prompts, means, positions, row)
-    return correction(
-        memorized,
-        excess,
-        ordinary.mean_product,
-        num_inputs=num_tokens,
-        strength=strength,
-        ridge_frac=ridge_frac,
-    )
+    memorized = _memorized(pipe, prompts, means, positions, row)
+    return correction(memorized, ordinary.mean_product, strength=strength, ridge_frac=ridge_frac)
 
 
 def _memorized(
@@ -193,30 +191,27 @@ def _memorized(
     means: Tensor | None,
     positions: Sequence[str],
     row: DenoiserRow | None,
-) -> tuple[Tensor, Tensor, int]:
-    """Return X X^T and (X - M) X^T of the memorized tokens, and their number."""
+) -> Memorized:
+    """Return the moments of the memorized tokens; `means` of shape (T, D) is what should be seen in their place."""
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise DataError(
             "the prompt list is empty or holds an empty prompt; pass at least one prompt with words"
         )
     if not positions or isinstance(positions, str):
         raise ConfigError(f"positions {positions!r}: expected a sequence of start, words, end, padding")
-    sums: list[Tensor] = []
-    num_tokens = 0
-    for batch in _batches(prompts):
+    parts = []
+    for start in range(0, len(prompts), _BATCH):
+        batch = prompts[start : start + _BATCH]
         states, attended = text_states(pipe, batch, row)
         chosen = marked_positions(pipe, batch, positions, states.shape[1]) & attended
-        inputs = states.double().cpu()
-        surplus = inputs if means is None else inputs - means
-        flat, flat_surplus = inputs[chosen], surplus[chosen]
-        found = [flat.T @ flat, flat_surplus.T @ flat]
-        sums = found if not sums else [total + part for total, part in zip(sums, found, strict=True)]
-        num_tokens += len(flat)
-    if num_tokens == 0:
+        wanted = None if means is None else means.expand(states.shape)[chosen]
+        parts.append(Memorized.of(states.cpu()[chosen], wanted))
+    total = sum(parts[1:], start=parts[0])
+    if total.count == 0:
         raise DataError(
             f"the prompts have no tokens at positions {', '.join(positions)}; name other positions"
         )
-    return sums[0], sums[1], num_tokens
+    return total
 
 
 def _rows(
@@ -237,10 +232,6 @@ def _rows(
         what = f"{stray[0]} is not a value site of this model" if stray else "there are no neurons to edit"
         raise ConfigError(f"{what}; pass neurons or sites of the value projections")
     return rows
-
-
-def _batches(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (prompts[start : start + _BATCH] for start in range(0, len(prompts), _BATCH))
 
 
 def _weight(pipe: Pipeline, path: str) -> Tensor:

@@ -36,6 +36,38 @@ from unmemorize.errors import ConfigError, ShapeMismatch
 
 
 @dataclass(frozen=True, slots=True)
+class Memorized:
+    """What has to be known of n memorized inputs X and of what the layer should see in their place, M.
+
+    Attributes:
+        inputs: X X^T, shape (D, D), float64, in squared units of the input.
+        crossed: (X - M) X^T, same shape and unit; equal to `inputs` if M = 0.
+        surplus: (X - M) (X - M)^T, same shape and unit.
+        count: n, an upper bound of the edit's rank.
+    """
+
+    inputs: Tensor
+    crossed: Tensor
+    surplus: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, inputs: Tensor, wanted: Tensor | None = None) -> Memorized:
+        """Take the moments of inputs (n, D) and of what should be seen instead (n, D; zeros if None)."""
+        inputs = inputs.detach().double().cpu()
+        surplus = inputs if wanted is None else inputs - wanted.detach().double().cpu()
+        return cls(inputs.T @ inputs, surplus.T @ inputs, surplus.T @ surplus, len(inputs))
+
+    def __add__(self, other: Memorized) -> Memorized:
+        return Memorized(
+            self.inputs + other.inputs,
+            self.crossed + other.crossed,
+            self.surplus + other.surplus,
+            self.count + other.count,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Correction:
     """A low-rank correction of a layer's input; the weight becomes W - (W left) right.
 
@@ -69,22 +101,12 @@ class Correction:
         return (exact - (exact @ self.left) @ self.right).to(weight)
 
 
-def correction(
-    memorized: Tensor,
-    excess: Tensor,
-    ordinary: Tensor,
-    *,
-    num_inputs: int,
-    strength: float,
-    ridge_frac: float,
-) -> Correction:
+def correction(memorized: Memorized, ordinary: Tensor, *, strength: float, ridge_frac: float) -> Correction:
     """Solve for the edit.
 
     Args:
-        memorized: X X^T, shape (D, D), in squared units of the input.
-        excess: (X - M) X^T, same shape and unit; equal to `memorized` if M = 0.
-        ordinary: C, same shape and unit.
-        num_inputs: n, an upper bound of the rank.
+        memorized: moments of the memorized inputs.
+        ordinary: C, shape (D, D), in squared units of the input.
         strength: s, unitless, from 0 to infinity: the squared error at one memorized input counts s times the mean
             squared change of ordinary values.
         ridge_frac: ridge as a fraction of the mean of C's diagonal, above 0.
@@ -97,26 +119,26 @@ def correction(
     """
     if not strength >= 0 or not (ridge_frac > 0 and math.isfinite(ridge_frac)):
         raise ConfigError(f"strength {strength} and ridge {ridge_frac}: expected strength >= 0 and ridge > 0")
-    shapes = {tuple(matrix.shape) for matrix in (memorized, excess, ordinary)}
-    if len(shapes) != 1 or memorized.dim() != 2 or memorized.shape[0] != memorized.shape[1]:
+    if memorized.inputs.shape != ordinary.shape:
+        shapes = f"{tuple(memorized.inputs.shape)} and {tuple(ordinary.shape)}"
         raise ShapeMismatch(
-            f"second moments of shapes {sorted(shapes)} do not fit together; collect them on one model"
+            f"second moments of shapes {shapes} do not fit together; collect them on one model"
         )
-    memorized, excess, ordinary = (matrix.double().cpu() for matrix in (memorized, excess, ordinary))
+    ordinary = ordinary.double().cpu()
     width = len(ordinary)
     ridge = ridge_frac * float(ordinary.diagonal().mean())
     if not ridge > 0:
         raise ConfigError("ordinary second moments are zero; collect them from captions with words")
     lower = torch.linalg.cholesky(ordinary + ridge * torch.eye(width, dtype=torch.float64))
-    half = torch.linalg.solve_triangular(lower, memorized, upper=False)
+    half = torch.linalg.solve_triangular(lower, memorized.inputs, upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
     values, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
-    order = values.argsort(descending=True)[: min(num_inputs, width)]
+    order = values.argsort(descending=True)[: min(memorized.count, width)]
     floor = width * torch.finfo(torch.float64).eps * float(values.max().clamp(min=0))
     order = order[values[order] > floor] if strength > 0 else order[:0]
     values, vectors = values[order], vectors[:, order]
     factor = 1 / values if math.isinf(strength) else strength / (1 + strength * values)
-    crossed = torch.linalg.solve_triangular(lower, excess.T, upper=False).T
+    crossed = torch.linalg.solve_triangular(lower, memorized.crossed.T, upper=False).T
     right = torch.linalg.solve_triangular(lower.T, vectors, upper=True).T
     return Correction(crossed @ vectors * factor, right, 1 - factor * values)
 
@@ -140,19 +162,22 @@ def drift_frac(before: Tensor, after: Tensor, ordinary: Tensor) -> float:
     return math.sqrt(max(float(((change @ ordinary) * change).sum()), 0.0) / total) if total > 0 else 0.0
 
 
-def kept_frac(before: Tensor, after: Tensor, memorized: Tensor) -> float:
-    """Return the root mean square of memorized values after an edit, as a fraction of that before.
+def kept_frac(before: Tensor, after: Tensor, memorized: Memorized) -> float:
+    """Return how far memorized values are from what they should be, as a fraction of how far they were.
 
     Args:
         before: weight, shape (F, D).
         after: edited weight, same shape.
-        memorized: X X^T, shape (D, D).
+        memorized: moments of the memorized inputs and of what should be seen in their place.
 
     Returns:
-        ||W' X|| / ||W X||, unitless, at least 0; 1 where nothing was there.
+        ||W' X - W M|| / ||W X - W M||, unitless, at least 0; 1 where nothing was there.
 
     Source: ours.
     """
     before, after = before.double().cpu(), after.double().cpu()
-    energies = [float(((weight @ memorized) * weight).sum()) for weight in (after, before)]
-    return math.sqrt(max(energies[0], 0.0) / energies[1]) if energies[1] > 0 else 1.0
+    change = after - before
+    then = float(((before @ memorized.surplus) * before).sum())
+    mixed = 2 * float(((before @ memorized.crossed) * change).sum())
+    moved = float(((change @ memorized.inputs) * change).sum())
+    return math.sqrt(max(then + mixed + moved, 0.0) / then) if then > 0 else 1.0
