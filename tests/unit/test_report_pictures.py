@@ -16,10 +16,10 @@ from tests.unit.html_page import parsed
 from tests.unit.synthetic_audit import synthetic_audit
 from tests.unit.synthetic_picture_audit import THRESHOLD, png, scene, synthetic_picture_audit
 from unmemorize.errors import ConfigError, FileFormatError
-from unmemorize.records import LocalizedPrompt, Measure, PictureAudit, SiteNeurons
-from unmemorize.report import picture_tables, render, write_report
+from unmemorize.records import LocalizedPrompt, Measure, PictureAudit, Similarity, SiteNeurons
+from unmemorize.report import picture_costs, picture_figures, render, write_report
 from unmemorize.report.gallery import Gallery, gallery
-from unmemorize.report.measures import measure_cell, number_text
+from unmemorize.report.measures import MINUS, measure_cell, number_text
 from unmemorize.report.neuron_map import neuron_plot, neuron_table, short_paths
 from unmemorize.report.score_plots import effect_plot, gate_plot
 from unmemorize.report.state_panels import result_state, state_panels
@@ -110,30 +110,67 @@ def test_large_figures_are_the_records_with_placebo_beside(audit: PictureAudit, 
     assert f'<span class="before">{measure_cell(before, "percent").text}</span>' in head
 
 
-def test_similarity_table_is_the_record(audit: PictureAudit) -> None:
-    table = picture_tables.similarity_table(audit, "after", "t")
+FIELDS = {
+    "copies": ("copy_rate_frac", "copy_similarity"),
+    "changes": ("kept_similarity", "seed_similarity"),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_tables_of_similarities_are_the_record(audit: PictureAudit, name: str) -> None:
+    maker = picture_figures.copies_table if name == "copies" else picture_figures.changes_table
+    table = maker(audit, "after", "t")
     assert table is not None
     found = {
-        (row.name, row.cells[0].value, row.cells[1].value): [cell.value for cell in row.cells[2:6]]
+        (row.name, row.cells[0].value, row.cells[1].value): [cell.value for cell in row.cells[2:4]]
         for row in table.rows
     }
-    values = {
-        (state.label, group.group, one.measure): [
-            measure.value if measure is not None else None
-            for measure in (
-                one.copy_rate_frac,
-                one.copy_similarity,
-                one.kept_similarity,
-                one.seed_similarity,
-            )
-        ]
+    measures = {
+        (state.label, group.group, one.measure): [getattr(one, field) for field in FIELDS[name]]
         for state in audit.states
         for group in state.groups
         for one in group.similarities
     }
-    assert found == values and len(found) == len(STATES) * 3 * 2
+    assert found == {
+        key: [None if one is None else one.value for one in row] for key, row in measures.items() if any(row)
+    }
+    num_groups = 2 if name == "copies" else 3
+    assert len(found) == len(STATES) * num_groups * 2
     assert {row.name for row in table.rows if row.is_strong} == {"Neurons off"}
-    assert [row.cells[1].value for row in table.rows[: table.shown_rows]] == ["structure"] * len(STATES) * 3
+    first = [row.cells[1].value for row in table.rows[: table.shown_rows]]
+    assert first == ["structure"] * len(STATES) * num_groups
+
+
+class WiderSimilarity(Similarity):
+    """A record with the figures that not every audit has."""
+
+    copy_rate_change_frac: Measure | None = None
+    copy_rate_per_picture_frac: Measure | None = None
+    kept_beyond_placebo: Measure | None = None
+
+
+def test_figures_that_only_some_audits_have_get_a_column_of_their_own(audit: PictureAudit) -> None:
+    one = WiderSimilarity(
+        measure="structure",
+        copy_rate_frac=Measure(value=0.5, num=12),
+        copy_rate_change_frac=Measure(value=-0.43, ci95=(-0.61, -0.2), num=12),
+        copy_rate_per_picture_frac=Measure(value=0.25, num=12),
+        kept_beyond_placebo=Measure(value=0.031, num=12),
+        seed_similarity=Measure(refused="too few"),
+    )
+    group = audit.states[0].groups[0].model_copy(update={"similarities": [one]})
+    small = audit.model_copy(update={"states": [audit.states[0].model_copy(update={"groups": [group]})]})
+    copies, changes = (
+        maker(small, "", "t") for maker in (picture_figures.copies_table, picture_figures.changes_table)
+    )
+    assert copies is not None and changes is not None
+    assert [column.name for column in copies.columns] == [
+        *("State", "Group", "Copied", "Change", "Pictures copied", "Prompts")
+    ]
+    cells = copies.rows[0].cells
+    assert [cell.text for cell in cells[1:4]] == ["50%", f"{MINUS}43", "25%"]
+    assert cells[2].detail == f"[{MINUS}61, {MINUS}20]" and cells[2].bar_frac is None
+    assert [cell.text for cell in changes.rows[0].cells[1:3]] == ["+0.03", "too few"]
 
 
 def test_refusals_stand_as_their_reason(audit: PictureAudit, html: str, tmp_path: Path) -> None:
@@ -351,6 +388,7 @@ def test_neuron_map_is_proportional_and_marks_every_chosen_neuron(
 
 def test_neuron_table_and_short_paths(audit: PictureAudit) -> None:
     assert short_paths(["a.b.0.x.v", "a.b.1.x.v", "a.mid.x.v"]) == ["b.0", "b.1", "mid"]
+    assert short_paths(["a.downs.0.v", "a.downs.1.v"]) == ["downs.0", "downs.1"]
     assert short_paths(["a.b"]) == ["a.b"] and short_paths(["a", "a"]) == ["a", "a"]
     site = SiteNeurons(path="a", width=9, indices=[3, 5, 7], num_prompts=[1, 6])
     table = neuron_table(audit.model_copy(update={"sites": [site]}), "n")
@@ -368,7 +406,7 @@ def test_cost_is_medians_and_sums_of_what_was_counted(audit: PictureAudit) -> No
         )
         for n in (100, 160, 900)
     ]
-    table = picture_tables.cost_table(audit.model_copy(update={"localized": prompts}), "c")
+    table = picture_costs.cost_table(audit.model_copy(update={"localized": prompts}), "c")
     assert table is not None and len(table.rows) == 1
     assert [cell.value for cell in table.rows[0].cells] == [160, 1160, 16.0, pytest.approx(116.0)]
     assert table.rows[0].cells[0].detail == "[100, 900]"
@@ -383,6 +421,8 @@ def test_the_result_is_the_named_state_or_after_or_the_first_that_is_no_control(
         for state in audit.states
     ]
     assert result_state(audit.model_copy(update={"states": states})) == "refined"
+    earlier = audit.states[2].model_copy(update={"state": "initial"})
+    assert result_state(audit.model_copy(update={"states": [earlier, *audit.states]})) == "after"
     controls = [state for state in states if state.state in ("before", "placebo")]
     assert result_state(audit.model_copy(update={"states": controls})) == ""
 

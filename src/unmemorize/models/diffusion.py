@@ -258,12 +258,20 @@ def _from_folder(pipeline_class: Any, source: str | Path, dtype: torch.dtype | N
             extra["requires_safety_checker"] = False
     with quiet_diffusers():
         try:
-            return pipeline_class.from_pretrained(str(source), torch_dtype=dtype, **extra)
+            return pipeline_class.from_pretrained(str(source), **_dtype_argument(dtype), **extra)
         except Exception as error:  # every reader underneath raises its own kind
             text = str(error).strip().splitlines()
             raise ModelNotSupported(
                 f"cannot load {source} as a diffusion pipeline: {text[0] if text else type(error).__name__}"
             ) from error
+
+
+def _dtype_argument(dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Name the dtype as this diffusers wants it: `dtype` where `torch_dtype` is deprecated."""
+    from diffusers.utils import deprecation_utils
+
+    name = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
+    return {} if dtype is None else {name: dtype}
 
 
 def _modules(pipe: Pipeline) -> list[nn.Module]:

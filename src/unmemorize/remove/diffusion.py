@@ -13,13 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from unmemorize.errors import CheckpointMismatch
+from unmemorize.files import read_json
 from unmemorize.gates import closed, folded, gated
 from unmemorize.models.denoising import Pipeline, denoiser_of
-from unmemorize.models.diffusion import DenoiserRow, fingerprint, quiet_diffusers, require_same_model
+from unmemorize.models.diffusion import DenoiserRow, fingerprint, load, quiet_diffusers, require_same_model
 from unmemorize.neurons import NeuronSet
-from unmemorize.remove.folders import in_plain_process, whole_folder, write_manifest
+from unmemorize.remove.folders import (
+    REMOVAL_FORMAT,
+    REMOVAL_VERSION,
+    in_plain_process,
+    whole_folder,
+    write_manifest,
+)
+from unmemorize.remove.undo import UNDO_FILE, load_original_rows, save_original_rows
 
 
 @contextmanager
@@ -51,11 +60,15 @@ def fold(
         NeuronSetMismatch: if the set was made for another model.
     """
     require_same_model(neurons, pipe, row)
-    denoiser = denoiser_of(pipe)
-    name = "unet" if denoiser is getattr(pipe, "unet", None) else "transformer"
-    edited = copy.copy(pipe)
-    edited.register_modules(**{name: folded(denoiser, closed(neurons, scale=scale))})
-    return edited
+    return with_denoiser(pipe, folded(denoiser_of(pipe), closed(neurons, scale=scale)))
+
+
+def with_denoiser(pipe: Pipeline, denoiser: nn.Module) -> Pipeline:
+    """Return a pipeline with another denoiser; the other parts are shared with the original."""
+    name = "unet" if denoiser_of(pipe) is getattr(pipe, "unet", None) else "transformer"
+    changed = copy.copy(pipe)
+    changed.register_modules(**{name: denoiser})
+    return changed
 
 
 def export(
@@ -63,24 +76,54 @@ def export(
     folder: str | Path,
     *,
     manifest: dict[str, Any],
+    original: Pipeline | None = None,
     row: DenoiserRow | None = None,
 ) -> Path:
     """Write a pipeline as a plain folder that `DiffusionPipeline.from_pretrained` loads; complete or not at all.
+
+    With `original` the rows of the denoiser that were changed are kept in `undo.safetensors`, so that `undone` can put
+    them back. Whoever has that file has the memory too: delete it before the folder is given away.
 
     Args:
         pipe: the pipeline after removal.
         folder: destination; must not exist, or be empty.
         manifest: what was done; stored as `unmemorize.json` with format, version and the denoiser's fingerprint.
+        original: the pipeline before removal, for `undone`; its fingerprint is stored as `model`.
         row: site table row, for a denoiser that the table does not know.
 
     Raises:
+        ConfigError: if the original is of another architecture or dtype.
         RunFolderError: if the destination holds something, or cannot be written.
     """
     with whole_folder(folder) as partial:
         with quiet_diffusers():
             pipe.save_pretrained(partial)
+        if original is not None:
+            manifest = {**manifest, "model": fingerprint(original, row)}
+            save_original_rows(denoiser_of(original), denoiser_of(pipe), partial / UNDO_FILE)
         write_manifest(partial, manifest, fingerprint(pipe, row))
     return Path(folder)
+
+
+def undone(folder: str | Path, *, row: DenoiserRow | None = None) -> Pipeline:
+    """Load an exported folder and put the original rows of its denoiser back, bit for bit.
+
+    All parts are loaded in the dtype that the denoiser had when it was exported. The folder is not changed.
+
+    Raises:
+        CheckpointMismatch: if the result is not the original, because the folder was changed after the export.
+        FileFormatError: if the folder holds no manifest or no original rows, or they are torn.
+    """
+    manifest = read_json(Path(folder) / "unmemorize.json", format=REMOVAL_FORMAT, version=REMOVAL_VERSION)
+    rows = load_original_rows(Path(folder) / UNDO_FILE)
+    pipe = load(folder, row=row, dtype=rows.dtype, run_check=False)
+    rows.restore(denoiser_of(pipe))
+    found = fingerprint(pipe, row)
+    if found != manifest.get("model"):
+        raise CheckpointMismatch(
+            f"{folder} with its original rows is {found}, not {manifest.get('model')}; export the removal again"
+        )
+    return pipe
 
 
 _PLAIN_PROCESS = """

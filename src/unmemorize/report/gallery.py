@@ -10,6 +10,7 @@ Source: ours.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def gallery(
         result_state: the state whose row stands out.
         budget_bytes: most bytes of pictures, as base64 text.
     """
-    groups = _by_group(audit)
+    groups, folder = _by_group(audit), folder.resolve()
     if not groups:
         return None
     extent = _fitting(groups, folder, budget_bytes)
@@ -147,8 +148,8 @@ def _num_seeds(groups: Mapping[str, Sequence[PicturePrompt]]) -> int:
 
 def _fitting(groups: Mapping[str, Sequence[PicturePrompt]], folder: Path, budget_bytes: int) -> Extent:
     """How much fits: seeds give way first, down to four, then prompts, then the last seeds, then groups."""
-    sizes = {id(one): _sizes(folder, one) for prompts in groups.values() for one in prompts}
     prompts, seeds = max(map(len, groups.values())), _num_seeds(groups)
+    sizes = {id(one): _sizes(folder, one, seeds) for found in groups.values() for one in found}
     few = min(FEW_SEEDS, seeds)
     choices = [Extent(len(groups), prompts, some) for some in range(seeds, few - 1, -1)]
     choices += [Extent(len(groups), some, few) for some in range(prompts - 1, 0, -1)]
@@ -156,19 +157,18 @@ def _fitting(groups: Mapping[str, Sequence[PicturePrompt]], folder: Path, budget
         choices += [Extent(num_groups, 1, some) for some in range(few, 0, -1)]
     for extent in choices:
         shown = list(groups.values())[: extent.num_groups]
-        total = 0
-        for one in (one for found in shown for one in found[: extent.num_prompts]):
-            training, rows = sizes[id(one)]
-            total += training + sum(sum(row[: extent.num_seeds]) for row in rows)
-        if total <= budget_bytes:
+        prompts_shown = (one for found in shown for one in found[: extent.num_prompts])
+        if sum(sizes[id(one)][extent.num_seeds] for one in prompts_shown) <= budget_bytes:
             return extent
     return Extent(0, 0, 0)
 
 
-def _sizes(folder: Path, one: PicturePrompt) -> tuple[int, list[list[int]]]:
-    """Bytes as base64 text of a prompt's training picture, and of every state's pictures."""
-    made = [[uri_bytes(folder, path) for path in paths] for paths in one.made.values()]
-    return uri_bytes(folder, one.picture), made
+def _sizes(folder: Path, one: PicturePrompt, most_seeds: int) -> list[int]:
+    """Bytes as base64 text of a prompt's training picture and the first 0, 1, ... seeds of every state."""
+    columns = itertools.zip_longest(*one.made.values(), fillvalue="")
+    each = [sum(uri_bytes(folder, path) for path in column) for column in columns]
+    each += [0] * (most_seeds - len(each))
+    return list(itertools.accumulate(each, initial=uri_bytes(folder, one.picture)))
 
 
 def _left_out(groups: Mapping[str, Sequence[PicturePrompt]], extent: Extent, budget_bytes: int) -> str:

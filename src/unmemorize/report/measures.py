@@ -16,12 +16,13 @@ from typing import Literal
 
 from unmemorize.records import Measure
 
-Unit = Literal["loss", "difference", "percent", "tokens", "similarity", "score", "distance"]
+Unit = Literal["loss", "difference", "percent", "points", "tokens", "similarity", "score", "distance"]
 MINUS = "\N{MINUS SIGN}"
 _FORMATS = {
     "loss": ".2f",
     "difference": "+.2f",
     "percent": ".0f",
+    "points": "+.0f",
     "tokens": ".1f",
     "similarity": ".2f",
     "score": ".3f",
@@ -51,7 +52,7 @@ def number_text(value: float, unit: Unit) -> str:
 
     Tokens have 1 decimal, scores that are compared with a threshold 3, distances between sets of pictures 4 digits.
     """
-    text = f"{100 * value if unit == 'percent' else value:{_FORMATS[unit]}}"
+    text = f"{100 * value if unit in ('percent', 'points') else value:{_FORMATS[unit]}}"
     if float(text) == 0:
         text = text.lstrip("-+")
     return text.replace("-", MINUS) + ("%" if unit == "percent" else "")

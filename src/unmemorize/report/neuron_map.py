@@ -26,7 +26,7 @@ MAX_NAMED = 8
 
 
 def short_paths(paths: Sequence[str]) -> list[str]:
-    """Module paths without what they all begin and end with; whole paths where nothing would be left."""
+    """Module paths without what they all begin and end with; a name never begins with the number of a block."""
     split = [path.split(".") for path in paths]
     if len(set(paths)) < 2:
         return list(paths)
@@ -34,6 +34,8 @@ def short_paths(paths: Sequence[str]) -> list[str]:
     shortest = min(map(len, split))
     while first < shortest - 1 and len({parts[first] for parts in split}) == 1:
         first += 1
+    while first and any(parts[first].isdigit() for parts in split):
+        first -= 1
     while last < shortest - first - 1 and len({parts[-1 - last] for parts in split}) == 1:
         last += 1
     return [".".join(parts[first : len(parts) - last]) for parts in split]

@@ -14,7 +14,8 @@ from typing import Any
 
 from unmemorize.records import PictureAudit, PictureState
 from unmemorize.report import gallery as galleries
-from unmemorize.report import picture_tables as tables
+from unmemorize.report import picture_costs as costs
+from unmemorize.report import picture_figures as figures
 from unmemorize.report.measures import Cell, measure_cell, number_text
 from unmemorize.report.neuron_map import neuron_plot, neuron_table
 from unmemorize.report.page import Beside, Fact, Figure, Part, Plot, embedded, run_letter, settings_pairs
@@ -42,7 +43,8 @@ class PictureRun(Part):
 
     gallery: galleries.Gallery | None
     panels: tuple[StatePanel, ...]
-    similarities: Table | None
+    copies: Table | None
+    pictures_changed: Table | None
     quality: Table | None
     gate: Plot | None
     effect: Plot | None
@@ -92,15 +94,16 @@ def run_of(
             audit, folder, notes=_notes(audit), result_state=result, budget_bytes=budget_bytes
         ),
         panels=state_panels(audit, f"{ident}-state"),
-        similarities=tables.similarity_table(audit, result, f"{ident}-similarities"),
-        quality=tables.quality_table(audit, result, f"{ident}-quality"),
+        copies=figures.copies_table(audit, result, f"{ident}-copies"),
+        pictures_changed=figures.changes_table(audit, result, f"{ident}-changes"),
+        quality=figures.quality_table(audit, result, f"{ident}-quality"),
         gate=gate_plot(audit, f"{ident}-gate"),
         effect=effect_plot(audit, f"{ident}-effect"),
         neurons=neuron_plot(audit, f"{ident}-map"),
         neurons_table=neuron_table(audit, f"{ident}-sites"),
-        cost=tables.cost_table(audit, f"{ident}-localizing"),
-        generation=tables.generation_table(audit, f"{ident}-making"),
-        prompts=tables.prompts_table(audit, f"{ident}-prompts"),
+        cost=costs.cost_table(audit, f"{ident}-localizing"),
+        generation=costs.generation_table(audit, f"{ident}-making"),
+        prompts=costs.prompts_table(audit, f"{ident}-prompts"),
         settings=settings_table(
             settings_pairs(audit.settings, [("config", config or {})]), f"{ident}-settings", "Settings"
         ),
@@ -119,8 +122,8 @@ def _figures(audit: PictureAudit, result: str) -> tuple[Figure, ...]:
     order = ("target", "ordinary", "neighbour")
     aspects = sorted((one for one in ASPECTS if one.group in order), key=lambda one: order.index(one.group))
     state = _state(audit, result) or (audit.states[0] if audit.states else None)
-    figures = [_figure(audit, state, aspect) for aspect in aspects] if state else []
-    return tuple(figure for figure in figures if figure is not None)
+    found = [_figure(audit, state, aspect) for aspect in aspects] if state else []
+    return tuple(figure for figure in found if figure is not None)
 
 
 def _figure(audit: PictureAudit, state: PictureState, aspect: Aspect) -> Figure | None:

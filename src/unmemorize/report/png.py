@@ -26,19 +26,21 @@ def _inside(folder: Path, path: str) -> Path | None:
     """The file that a path of the audit names, or None if that is not a file in the run folder."""
     try:
         whole = (folder / path).resolve()
-        return whole if whole.is_relative_to(folder.resolve()) and whole.is_file() else None
+        return whole if whole.is_relative_to(folder) and whole.is_file() else None
     except (OSError, ValueError):
         return None
 
 
 def uri_bytes(folder: Path, path: str) -> int:
-    """Size of a picture as base64 text; 0 where there is none."""
-    found = _inside(folder, path)
-    return 4 * math.ceil(found.stat().st_size / 3) + len(URI) if found else 0
+    """Size of a picture as base64 text; 0 where there is none. The file is not opened."""
+    try:
+        return 4 * math.ceil((folder / path).stat().st_size / 3) + len(URI) if path else 0
+    except (OSError, ValueError):
+        return 0
 
 
 def read_png(folder: Path, path: str) -> tuple[bytes, str]:
-    """The bytes of a picture, or none and the reason why it cannot be shown."""
+    """The bytes of a picture, or none and the reason why it cannot be shown. `folder` is a resolved path."""
     if not path:
         return b"", "not made"
     found = _inside(folder, path)

@@ -1,4 +1,4 @@
-"""The tables of a picture audit: figures by state, quality of whole sets, cost, prompts and neurons.
+"""The tables of what a picture audit cost, and what localization found for every prompt.
 
 Nothing is computed here but medians and sums of what was counted. Source: ours.
 """
@@ -9,114 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from unmemorize.records import LocalizedPrompt, Measure, PictureAudit, PictureGroup, PictureState, Similarity
-from unmemorize.report.measures import Cell, Unit, measure_cell, number_text
+from unmemorize.records import LocalizedPrompt, PictureAudit
+from unmemorize.report.measures import Cell, number_text
 from unmemorize.report.states import GROUPS
 from unmemorize.report.tables import Column, Row, Table, clip, time_text
 
 SHOWN_ROWS = 50
 MAX_PROMPT_ROWS = 2000
-SIMILARITIES: dict[str, tuple[str, str, Unit, str]] = {
-    "copy_rate_frac": ("Copied", "", "percent", "repeated"),
-    "copy_similarity": ("Copy similarity", "to training picture", "similarity", "repeated"),
-    "kept_similarity": ("Kept", "same seed, to before", "similarity", "validation"),
-    "seed_similarity": ("Between seeds", "low: varied", "similarity", ""),
-}
-QUALITIES: dict[str, tuple[str, Unit]] = {
-    "alignment": ("Alignment", "similarity"),
-    "fid": ("FID", "distance"),
-    "kid": ("KID", "distance"),
-}
-
-
-def similarity_table(audit: PictureAudit, result_state: str, ident: str) -> Table | None:
-    """Copies, change and variety by state, group and measure; None when nothing was measured."""
-    every = [
-        (state, group, one) for state in audit.states for group in state.groups for one in group.similarities
-    ]
-    if not every:
-        return None
-    names = list(dict.fromkeys([*audit.measures, *(one.measure for _, _, one in every)]))
-    found = sorted(every, key=lambda row: names.index(row[2].measure))
-    fields = [name for name in SIMILARITIES if any(getattr(one, name) is not None for _, _, one in found)]
-    has_measures = len({one.measure for _, _, one in found}) > 1
-    rows = []
-    for place, (state, group, one) in enumerate(found):
-        starts = place == 0 or found[place - 1][0] is not state or found[place - 1][2].measure != one.measure
-        cells = [Cell(text=GROUPS[group.group], value=group.group)]
-        cells += [Cell(text=clip(one.measure, 40), value=one.measure)] if has_measures else []
-        cells += [_similarity_cell(one, name) for name in fields]
-        cells.append(Cell(text=str(group.num_prompts), value=group.num_prompts))
-        rows.append(_state_row(state, cells, result_state, starts))
-    columns = [Column(name="State", is_number=False), Column(name="Group", is_number=False)]
-    columns += [Column(name="Measure", is_number=False)] if has_measures else []
-    columns += [
-        Column(name=SIMILARITIES[name][0], hint=SIMILARITIES[name][1]) for name in fields
-    ] + [Column(name="Prompts")]  # fmt: skip
-    return Table(
-        ident=ident,
-        caption="Similarity by state and group"
-        + ("" if has_measures else f", by {clip(found[0][2].measure, 60)}"),
-        columns=tuple(columns),
-        rows=tuple(rows),
-        is_sortable=True,
-        shown_rows=sum(one.measure == found[0][2].measure for _, _, one in found),
-        note="Brackets: 95% intervals over prompts. Empty cells: the training picture is not known, or there is "
-        "nothing before to compare with.",
-    )
-
-
-def _similarity_cell(one: Similarity, name: str) -> Cell:
-    measure: Measure | None = getattr(one, name)
-    _, _, unit, tone = SIMILARITIES[name]
-    return Cell(text="") if measure is None else measure_cell(measure, unit, full=1.0, tone=tone)
-
-
-def _state_row(state: PictureState, cells: Sequence[Cell], result_state: str, starts: bool) -> Row:
-    return Row(
-        name=clip(state.label, 80),
-        cells=tuple(cells),
-        is_strong=state.state == result_state,
-        starts_block=starts,
-    )
-
-
-def quality_table(audit: PictureAudit, result_state: str, ident: str) -> Table | None:
-    """Alignment with the prompt and distances between sets of pictures, by state; None when none was asked for."""
-    found: dict[tuple[str, str], PictureGroup] = {
-        (state.state, group.group): group for state in audit.states for group in state.groups
-    }
-    columns = [
-        (name, group)
-        for name in QUALITIES
-        for group in GROUPS
-        if any(getattr(one, name) is not None for (_, member), one in found.items() if member == group)
-    ]
-    if not columns:
-        return None
-    rows = []
-    for state in audit.states:
-        cells = [_quality_cell(found.get((state.state, group)), name) for name, group in columns]
-        rows.append(_state_row(state, cells, result_state, False))
-    spans = [(QUALITIES[field][0], [name for name, _ in columns].count(field)) for field in QUALITIES]
-    return Table(
-        ident=ident,
-        caption="Quality by state",
-        columns=(
-            Column(name="State", is_number=False),
-            *[Column(name=GROUPS[group]) for _, group in columns],
-        ),
-        rows=tuple(rows),
-        spans=(("", 1), *[(name, count) for name, count in spans if count]),
-        is_sortable=True,
-        note="Alignment: similarity of prompt and picture, higher is better. FID and KID: distance of two sets, lower "
-        "is better.",
-    )
-
-
-def _quality_cell(group: PictureGroup | None, name: str) -> Cell:
-    measure: Measure | None = getattr(group, name) if group else None
-    return Cell(text="") if measure is None else measure_cell(measure, QUALITIES[name][1])
 
 
 def cost_table(audit: PictureAudit, ident: str) -> Table | None:
