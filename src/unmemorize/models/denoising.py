@@ -10,8 +10,8 @@ Nothing is denoised here: every call sees the initial latents.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -65,9 +65,13 @@ class DenoiserCall:
     signal_frac: Tensor
     prediction_type: str
 
-    @torch.no_grad()
     def predict(
-        self, samples: Sequence[int], *, step_idx: int = 0, gates: Mapping[Site, Tensor] | None = None
+        self,
+        samples: Sequence[int],
+        *,
+        step_idx: int = 0,
+        gates: Mapping[Site, Tensor] | None = None,
+        has_gradient: bool = False,
     ) -> Tensor:
         """Run the denoiser on some of the samples; a sample may be named more than once.
 
@@ -75,6 +79,8 @@ class DenoiserCall:
             samples: indices into `latents`, length M.
             step_idx: which timestep of the schedule the denoiser is told; the latents stay the initial ones.
             gates: site -> gate of shape (F,) or (M, F), unitless, in the order of `samples`.
+            has_gradient: whether predictions can be differentiated with respect to the gates. Weights are held constant
+                during the call, which also keeps the memory for their gradients free.
 
         Returns:
             Raw predictions, shape (rows, M, ...), in the denoiser's dtype.
@@ -91,7 +97,11 @@ class DenoiserCall:
             site: gate if gate.dim() == 1 else gate.repeat(self.rows, 1).unsqueeze(1)
             for site, gate in (gates or {}).items()
         }
-        with gated(self.denoiser, spread):
+        with (
+            torch.set_grad_enabled(has_gradient),
+            constant_weights(self.denoiser),
+            gated(self.denoiser, spread),
+        ):
             output: Tensor = self.denoiser(**arguments)[0]
         return output.reshape(self.rows, count, *output.shape[1:])
 
@@ -135,6 +145,19 @@ class DenoiserCall:
         height, width = (int(positions[:, axis].max()) + 1 for axis in (1, 2))
         patches = maps.reshape(len(maps), height, width, -1, 2, 2)
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(maps), -1, 2 * height, 2 * width)
+
+
+@contextmanager
+def constant_weights(module: nn.Module) -> Iterator[None]:
+    """Hold a module's parameters out of the graphs that are built while the block is open; flags are restored."""
+    held = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in held:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
 
 
 @torch.no_grad()
