@@ -56,7 +56,7 @@ def main() -> None:
         "fast": NemoSettings(),
         "gradient": NemoSettings(ranking="gradient"),
     }
-    localize(pipe, [prompts[0]["text"]], statistics)  # libraries are imported outside the clock
+    list(localize(pipe, [prompts[0]["text"]], statistics))  # libraries are imported outside the clock
     print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}\n")
     print(f"| {COLUMNS} |\n{'| --- ' * (COLUMNS.count('|') + 1)}|")
     totals = {name: [0.0, 0.0, 0.0] for name in searches}
@@ -68,15 +68,11 @@ def main() -> None:
                     runs[name].append(measured(pipe, prompt["text"], statistics, settings))
         slow = runs["compat"][0].result
         for name, found in runs.items():
-            seconds_s = summary.median(seconds for _, seconds, _ in found)
-            totals[name][0] += found[0][0].cost.sample_forwards
-            totals[name][1] += seconds_s
-            print(line(pipe, statistics, prompt, name, found, slow, totals_of(runs["compat"])), flush=True)
-    for name, (forwards, seconds_s) in totals.items():
-        ratios = totals["compat"][0] / forwards, totals["compat"][1] / seconds_s
-        print(
-            f"| all | | {name} | {forwards} | {ratios[0]:.1f} | {seconds_s:.1f} | {ratios[1]:.1f} | | | | |"
-        )
+            totals[name] = [a + b for a, b in zip(totals[name], medians(found), strict=True)]
+            figures = with_ratios(medians(found), medians(runs["compat"]))
+            print(line(pipe, statistics, prompt, name, found, slow, figures), flush=True)
+    for name, total in totals.items():
+        print(f"| all | | {name} | {with_ratios(total, totals['compat'])} | | | | |")
 
 
 @dataclass(frozen=True)
@@ -133,8 +129,8 @@ def line(
         side = "at most" if score <= slow.threshold else "above"
         measure = f"{score:.3f}"
         threshold = f"{side} {slow.threshold:.3f}{' (replaced)' if slow.is_replaced else ''}"
-    peak_mb = max(run.peak_mb for run in found)
-    return f"| {prompt['index']} | {planted} | {name} | {figures} | {peak_mb:.0f} | {neurons} | {measure} | {threshold} |"
+    peak_mb = f"{max(run.peak_mb for run in found):.0f}"
+    return f"| {' | '.join([str(prompt['index']), planted, name, figures, peak_mb, neurons, measure, threshold])} |"
 
 
 def by_compat(pipe: Any, statistics: Any, prompt: Any, result: PromptResult, slow: PromptResult) -> float:
