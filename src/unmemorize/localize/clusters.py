@@ -83,7 +83,8 @@ class ClusterResult:
 
 def describe_cluster(result: ClusterResult) -> str:
     """Say in one line what was found for a cluster, how far the search got, and what it cost."""
-    start = f"{len(result.members)} prompts like {shortened(result.members[0])!r}: "
+    others = f" and {len(result.members) - 1} more like it" if len(result.members) > 1 else ""
+    start = f"{shortened(result.members[0])!r}{others}: "
     spent = f"{result.cost.sample_forwards} sample-forwards, {result.cost.seconds:.1f} s"
     if not result.is_memorized:
         return f"{start}not memorized (best pair {max(result.best_pairs):.3f}); {spent}"

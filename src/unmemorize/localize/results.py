@@ -117,11 +117,11 @@ def outcome_of(result: Any, where: str) -> str:
         return f"memorized, but there were no candidates (score {result.refined_score:.3f})"
     if result.is_replaced:
         return (
-            f"memory not broken: no candidate set brings the score below the threshold; all of them bring it to "
-            f"{result.threshold:.3f}, and {found} bring it to {result.refined_score:.3f} in all {where}"
+            "memory not broken: no candidate set brings the score below the threshold; all of them bring it to "
+            f"{result.threshold:.3f}, {found} to {result.refined_score:.3f} in all {where}"
         )
-    reached = f"score {result.refined_score:.3f}, threshold {result.threshold:.3f}"
-    return f"{found} break the memory in all {where} ({reached})"
+    breaks = f"{found} {'breaks' if count == 1 else 'break'} the memory in all {where}"
+    return f"{breaks} (score {result.refined_score:.3f}, threshold {result.threshold:.3f})"
 
 
 def _plural(count: int, word: str) -> str:

@@ -216,10 +216,11 @@ def mean_absolute(values: Tensor, positions: Tensor | None = None) -> Tensor:
 
     Source: Hintersdorf et al. 2024, released code (all positions, padding included).
     """
+    sizes = values.float().abs()
     if positions is None:
-        return values.abs().mean(1).float()
-    weight = positions.to(values).unsqueeze(-1)
-    return ((values.abs() * weight).sum(1) / weight.sum(1).clamp(min=1)).float()
+        return sizes.mean(1)
+    weight = positions.to(sizes).unsqueeze(-1)
+    return (sizes * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def z_scores(activation: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from unmemorize.neurons import Site
 Pipeline: TypeAlias = Any
 """A diffusers pipeline. Its parts are registered at run time, so no type describes them."""
 
+_NUM_STEPS = 50  # of a schedule that is not run; some schedulers cannot make one of a few steps
 _UNBATCHED = ("txt_ids", "img_ids")  # positions, shared by all rows
 
 
@@ -167,7 +168,7 @@ def record(
     *,
     num_samples: int = 1,
     seeds: Sequence[int] = (0,),
-    num_steps: int = 50,
+    num_steps: int = _NUM_STEPS,
     guidance: float = 0.0,
     size_px: int | None = None,
 ) -> DenoiserCall:
@@ -215,7 +216,7 @@ def record(
 
 def encoded(pipe: Pipeline, prompts: Sequence[str]) -> Tensor:
     """Return what the denoiser receives as `encoder_hidden_states`, shape (N, T, D), for N prompts."""
-    _, arguments = _first_call(pipe, list(prompts), 1, [torch.Generator()], 1, 0.0, None)
+    _, arguments = _first_call(pipe, list(prompts), 1, [torch.Generator()], _NUM_STEPS, 0.0, None)
     states: Tensor = arguments["encoder_hidden_states"]
     return states
 
