@@ -86,6 +86,10 @@ class MissingExtra(UnmemorizeError, ImportError):
     """An optional library is not installed; the message shows the install line."""
 
 
+class UnmemorizeWarning(UserWarning):
+    """Something worth knowing happened and work goes on; the command line prints it to the error stream."""
+
+
 def missing_extra(library: str, extra: str) -> MissingExtra:
     """Build the one message used wherever an optional library is absent."""
     return MissingExtra(f"{library} is not installed; run: pip install 'unmemorize[{extra}]'")

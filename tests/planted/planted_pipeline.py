@@ -96,6 +96,7 @@ class PlantedPipeline:
             latents = torch.cat([torch.randn((1, *shape[1:]), generator=one) for one in generator])
         else:
             latents = torch.randn(shape, generator=generator)
+        states, latents = states.to(self.unet.picture.dtype), latents.to(self.unet.picture.dtype)
         self.unet(latents, self.scheduler.timesteps[0], encoder_hidden_states=states, return_dict=False)
         return SimpleNamespace(images=latents)
 

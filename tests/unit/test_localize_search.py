@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmemorize.errors import ConfigError
+from unmemorize.localize.orders import importance_order, slope_order
 from unmemorize.localize.search import (
     Entries,
     Neuron,
     SearchSettings,
     candidate_sets,
-    importance_order,
     refine,
     select,
     smallest,
@@ -149,3 +149,9 @@ def test_the_order_is_unusual_first_then_as_the_sets_grow() -> None:
     order = importance_order(candidate_sets(activations, z, DEFAULT, is_compat=False), z)
     assert order[:6] == [(0, 0), (0, 1), (1, 1), (0, 3), (0, 33), (1, 31)]
     assert len(order) == len(set(order)) == 4 + 2 * 16
+
+
+def test_slopes_come_first_and_z_scores_decide_ties() -> None:
+    slopes = [torch.tensor([0.0, 0.5, -0.2]), torch.tensor([0.0, 0.0])]
+    z = [torch.tensor([1.0, 0.0, 9.0]), torch.tensor([-3.0, 1.0])]
+    assert slope_order(slopes, z) == [(0, 1), (1, 0), (0, 0), (1, 1), (0, 2)]

@@ -8,6 +8,7 @@ Source: Hintersdorf et al. 2024, released code (mean absolute value over all pos
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from unmemorize.models.diffusion import DenoiserRow, find_sites, fingerprint, ro
 from unmemorize.neurons import Site
 from unmemorize.records import Progress, ProgressCallback
 
-Positions = Literal["all", "start", "words", "end", "padding"]
+Positions = Literal["all", "start", "words", "end", "padding", "tail"]
 
 
 @torch.no_grad()
@@ -45,7 +46,8 @@ def activations_of(
         pipe: the pipeline.
         prompts: N prompts.
         sites: the sites.
-        positions: token positions that are averaged: "all", "start", "words", "end" or "padding".
+        positions: token positions that are averaged: "all", "start", "words", "end", "padding" or "tail" (the last
+            two).
         row: site table row, for a denoiser that the table does not know.
 
     Raises:
@@ -68,7 +70,9 @@ def activations_of(
 
 
 def token_positions(pipe: Pipeline, prompts: Sequence[str], positions: str) -> Tensor:
-    """Mark token positions of one kind, shape (N, T), bool: start token, words, first end token, or what follows it.
+    """Mark token positions of one kind, shape (N, T), bool.
+
+    Kinds: "start" token, "words", the first "end" token, the "padding" after it, and "tail", which is end and padding.
 
     Raises:
         ConfigError: if the kind is unknown.
@@ -89,10 +93,30 @@ def token_positions(pipe: Pipeline, prompts: Sequence[str], positions: str) -> T
         "words": (place < end) & (place >= int(has_start)),
         "end": place == end,
         "padding": place > end,
+        "tail": place >= end,
     }
     if positions not in kinds:
         raise ConfigError(f"unknown positions {positions!r}; expected all, {', '.join(kinds)}")
     return kinds[positions]
+
+
+def cut_words(pipe: Pipeline, prompt: str) -> str:
+    """Return the words at the end of a prompt that none of the pipeline's text encoders reads; "" if all are read.
+
+    A tokenizer reads as many tokens as its own limit and the pipeline's `max_sequence_length` allow.
+    """
+    longest = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    allowed = longest.default if longest is not None and isinstance(longest.default, int) else None
+    cut: list[str] = []
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer = getattr(pipe, name, None)
+        if tokenizer is None:
+            continue
+        limit = min(tokenizer.model_max_length, allowed or tokenizer.model_max_length)
+        tokens = tokenizer(prompt, truncation=False, add_special_tokens=False, verbose=False).input_ids
+        num_words = limit - tokenizer.num_special_tokens_to_add()
+        cut.append(tokenizer.decode(tokens[num_words:]).strip() if len(tokens) > num_words else "")
+    return min(cut, key=len, default="")
 
 
 def collect_statistics(

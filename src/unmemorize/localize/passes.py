@@ -1,7 +1,11 @@
-"""Denoiser passes of text-to-image models for one prompt: made, gated per sample, and counted, only here."""
+"""Denoiser passes of text-to-image models for one prompt: made, gated per sample, and counted, only here.
+
+A backward pass is counted as two forward passes, so that one gradient of one sample costs three.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,15 +13,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unmemorize.errors import ConfigError
+from unmemorize.errors import ConfigError, UnmemorizeWarning
 from unmemorize.gates import capture
 from unmemorize.localize.results import Cost
-from unmemorize.localize.scores import mean_absolute, scaled_maps
+from unmemorize.localize.scores import correlation, mean_absolute, scaled_maps
 from unmemorize.localize.search import Neuron, SearchSettings
 from unmemorize.models.denoising import DenoiserCall, Pipeline, record
 from unmemorize.neurons import Site
 
 Mode = Literal["compat", "paper", "fast"]
+Ranking = Literal["unusual", "gradient"]
+
+_LOSS_SCALE = 1024.0  # keeps half-precision gradients above the smallest number; divided out again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +41,9 @@ class NemoSettings:
         gate_samples: fast mode's first look, in samples: a prompt whose best pair stays below `clear_frac` of the gate
             threshold is cleared after it. LIMIT: a prompt that copies in few of its samples can pass unseen.
         clear_frac: see `gate_samples`; 0..1.
+        ranking: fast mode's order of the candidates: "unusual" (absolute z-scores, then top-k) or "gradient" (all
+            neurons by the slope of the memory, see `Passes.slopes`; z-scores where slopes are equal).
+        gradient_level: how far all neurons are open where the slope is taken, unitless, above 0 and below 1.
         is_reusing: whether compat looks up passes that the released code repeats, and leaves out the pass it discards.
         batch_size: samples per denoiser pass; halved when memory runs out.
     """
@@ -46,6 +56,8 @@ class NemoSettings:
     guidance: float = 0.0
     gate_samples: int = 2
     clear_frac: float = 0.5
+    ranking: Ranking = "unusual"
+    gradient_level: float = 0.5
     is_reusing: bool = True
     batch_size: int = 10
 
@@ -57,6 +69,14 @@ class NemoSettings:
                 f"num_samples {self.samples}, gate_samples {self.gate_samples}, num_steps {self.num_steps}, batch_size "
                 f"{self.batch_size}; samples are compared in pairs, so expected 2, 2, 2 and 1 or more"
             )
+
+        if self.ranking not in ("unusual", "gradient") or not 0 < self.gradient_level < 1:
+            raise ConfigError(
+                f"ranking {self.ranking!r} at gradient_level {self.gradient_level}; expected unusual or gradient, and "
+                "a level between 0 and 1: with all neurons open or closed a memory hardly moves"
+            )
+        if self.ranking == "gradient" and self.mode != "fast":
+            raise ConfigError(f"ranking 'gradient' orders fast mode's candidates; mode is {self.mode}")
 
     @property
     def samples(self) -> int:
@@ -78,7 +98,7 @@ class Passes:
     def maps(self, jobs: Sequence[tuple[int, frozenset[Neuron]]], *, is_capturing: bool = False) -> Tensor:
         """Return scaled maps for (sample, neurons that are off), shape (M, C, H, W), float32."""
         parts: list[Tensor] = []
-        start = 0
+        start, before = 0, self.batch_size
         while start < len(jobs):
             try:
                 parts.append(self._run(jobs[start : start + self.batch_size], self.step_idx, is_capturing))
@@ -88,7 +108,51 @@ class Passes:
                 self.batch_size //= 2
                 continue
             start += len(parts[-1])
+        if self.batch_size < before:
+            self.warn(f"out of memory with {before} samples a pass; going on with {self.batch_size}")
         return torch.cat(parts)
+
+    def warn(self, message: str) -> None:
+        """Say that work goes on otherwise than asked for."""
+        warnings.warn(message, UnmemorizeWarning, stacklevel=2)
+
+    def slopes(self, sample: int, plain: Tensor) -> tuple[Tensor, ...]:
+        """Return how much of the memory each neuron holds, to first order: one tensor of shape (F,) per site, float32.
+
+        The similarity of a blocked and the unblocked prediction is at its maximum where every neuron is open, so its
+        slope there is zero; and where several neurons hold one picture, it hardly moves until most are closed. The
+        slope is therefore taken half-way: all neurons are open by `gradient_level`, and
+
+            slope = d correlation(prediction, unblocked prediction) / d openness of the neuron
+
+        Neurons with a large positive slope pull the prediction towards the picture. One forward and one backward pass
+        of one sample; gates are the only leaves, so that no parameter gets a gradient.
+
+        Args:
+            sample: the sample.
+            plain: its scaled map with nothing closed, shape (C, H, W).
+
+        Source: ours.
+        """
+        level = self.settings.gradient_level
+        device = self.call.latents.device
+        gates = {
+            site: torch.full((1, site.width), level, device=device, requires_grad=True) for site in self.sites
+        }
+        with torch.enable_grad():
+            rows = self.call.predict([sample], step_idx=self.step_idx, gates=gates, has_gradient=True)
+            maps = self.call.clean_direction(self._combined(rows), [sample], step_idx=self.step_idx)
+            score = correlation(maps, plain[None].to(maps.device)).sum() * _LOSS_SCALE
+            found = torch.autograd.grad(score, list(gates.values()), allow_unused=True)
+        self.cost.sample_backwards += self.call.rows
+        self.cost.sample_forwards_run += 3 * self.call.rows
+        self.cost.denoiser_calls_run += 1
+        return tuple(
+            torch.zeros(site.width)
+            if slope is None
+            else (slope[0].float() / _LOSS_SCALE).nan_to_num(0.0, 0.0, 0.0).cpu()
+            for site, slope in zip(self.sites, found, strict=True)
+        )
 
     def discard(self, jobs: Sequence[tuple[int, frozenset[Neuron]]]) -> None:
         """Make the pass at the first timestep, whose outcome the released code throws away."""
@@ -113,12 +177,16 @@ class Passes:
         if is_capturing and self.activations is None:
             last = [seen[site][0].flatten(1, -2)[-len(jobs) :] for site in self.sites]
             self.activations = tuple(mean_absolute(values)[0].cpu() for values in last)
-        prediction = rows[-1]
-        if self.call.rows == 2:
-            empty, text = rows
-            first, second = (text, empty) if self.settings.mode == "compat" else (empty, text)
-            prediction = first + self.settings.guidance * (second - first)
-        return scaled_maps(self.call.clean_direction(prediction, samples, step_idx=step_idx)).cpu()
+        return scaled_maps(self.call.clean_direction(self._combined(rows), samples, step_idx=step_idx)).cpu()
+
+    def _combined(self, rows: Tensor) -> Tensor:
+        """Return the prediction, guided where the call has two rows."""
+        if self.call.rows == 1:
+            return rows[-1]
+        empty, text = rows
+        first, second = (text, empty) if self.settings.mode == "compat" else (empty, text)
+        guided: Tensor = first + self.settings.guidance * (second - first)
+        return guided
 
 
 def first_step(pipe: Pipeline, prompt: str, sites: Sequence[Site], settings: NemoSettings) -> Passes:

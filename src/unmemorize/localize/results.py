@@ -32,6 +32,7 @@ class Cost:
         denoiser_calls: passes that it asks for, each of any number of samples.
         sample_forwards_run: those that were computed and not looked up.
         denoiser_calls_run: the same for passes.
+        sample_backwards: backward passes times samples; each is also counted as two sample-forwards above.
         seconds: wall time, in seconds.
     """
 
@@ -39,6 +40,7 @@ class Cost:
     denoiser_calls: int = 0
     sample_forwards_run: int = 0
     denoiser_calls_run: int = 0
+    sample_backwards: int = 0
     seconds: float = 0.0
 
 
@@ -92,6 +94,40 @@ class PromptResult:
         return value
 
 
+def shortened(prompt: str, *, num_letters: int = 60) -> str:
+    """Cut a prompt for a message."""
+    return prompt if len(prompt) <= num_letters else f"{prompt[: num_letters - 1]}…"
+
+
+def describe(result: PromptResult) -> str:
+    """Say in one line what was found for a prompt, how far the search got, and what it cost."""
+    start = f"{shortened(result.prompt)!r}: "
+    spent = f"{result.cost.sample_forwards} sample-forwards, {result.cost.seconds:.1f} s"
+    if not result.is_memorized:
+        return f"{start}not memorized: no two samples are alike enough (best pair {result.best_pair:.3f}); {spent}"
+    return f"{start}{outcome_of(result, f'{len(result.kept)} kept samples')}; {spent}"
+
+
+def outcome_of(result: Any, where: str) -> str:
+    """Say how many neurons a prompt or cluster has and whether they break its memory."""
+    count = sum(map(len, result.refined))
+    num_sites = sum(1 for chosen in result.refined if chosen)
+    found = f"{_plural(count, 'neuron')} at {_plural(num_sites, 'site')}"
+    if not count:
+        return f"memorized, but there were no candidates (score {result.refined_score:.3f})"
+    if result.is_replaced:
+        return (
+            "memory not broken: no candidate set brings the score below the threshold; all of them bring it to "
+            f"{result.threshold:.3f}, {found} to {result.refined_score:.3f} in all {where}"
+        )
+    breaks = f"{found} {'breaks' if count == 1 else 'break'} the memory in all {where}"
+    return f"{breaks} (score {result.refined_score:.3f}, threshold {result.threshold:.3f})"
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
@@ -133,58 +169,68 @@ def start_folder(folder: str | Path, header: dict[str, Any]) -> dict[str, Prompt
         RunFolderError: if the folder holds a run with other settings.
         FileFormatError: if a file of it is damaged.
     """
+    return {result.prompt: result for result in map(result_from_json, start_lines(folder, header))}
+
+
+def start_lines(folder: str | Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """Begin or continue a run folder; returns the lines of results it already holds.
+
+    Raises:
+        RunFolderError: if the folder holds a run with other settings.
+        FileFormatError: if a file of it is damaged.
+    """
     folder = Path(folder)
     header = {"format": LOCALIZATION_FORMAT, "format_version": LOCALIZATION_VERSION, **_finite(header)}
     settings, lines = folder / "localization.json", folder / "localization.jsonl"
     if not settings.exists():
         write_json(settings, header)
-        return {}
+        return []
     stored = read_json(settings, format=LOCALIZATION_FORMAT, version=LOCALIZATION_VERSION)
     if stored != header:
-        changed = [name for name in header if stored.get(name) != header[name]]
-        raise RunFolderError(
-            f"{folder} holds another run ({', '.join(changed) or 'other fields'} differ); choose a new folder"
-        )
+        changed = [name for name in {**stored, **header} if stored.get(name) != header.get(name)]
+        raise RunFolderError(f"{folder} holds another run ({', '.join(changed)} differ); choose a new folder")
     if not lines.exists():
-        return {}
+        return []
     complete = read_json_lines(lines)
     write_atomic(lines, "")  # a torn last line goes; what is complete is written again
-    found: dict[str, PromptResult] = {}
     for value in complete:
         append_json_line(lines, value)
-        result = result_from_json(value)
-        found[result.prompt] = result
-    return found
+    return complete
 
 
-def add_result(folder: str | Path, result: PromptResult) -> None:
-    """Append one result."""
-    append_json_line(Path(folder) / "localization.jsonl", result.to_json())
+def add_line(folder: str | Path, value: dict[str, Any]) -> None:
+    """Append one result as plain data."""
+    append_json_line(Path(folder) / "localization.jsonl", _finite(value))
 
 
 def finish_folder(
-    folder: str | Path, results: Sequence[PromptResult], model_id: str, sites: Sequence[Site]
+    folder: str | Path, rows: Sequence[dict[str, Any]], model_id: str, found: Sequence[NeuronSet]
 ) -> None:
-    """Write `localization.csv` and `neurons.json` (the union over all prompts)."""
+    """Write `localization.csv` (the rows) and `neurons.json` (the union of what was found)."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    rows = [_table_row(result) for result in results]
     columns = list(rows[0]) if rows else []
     writer.writerow(columns)
     writer.writerows([row[name] for name in columns] for row in rows)
     write_atomic(Path(folder) / "localization.csv", table.getvalue())
-    nothing = NeuronSet(model_id, {})
-    union([nothing, *(result.neurons(model_id, sites) for result in results)]).save(
-        Path(folder) / "neurons.json"
-    )
+    union([NeuronSet(model_id, {}), *found]).save(Path(folder) / "neurons.json")
 
 
-def _table_row(result: PromptResult) -> dict[str, Any]:
-    chosen = [f"{layer}:{index}" for layer, indices in enumerate(result.refined) for index in indices]
-    scores = ("best_pair", "initial_score", "refined_score", "threshold")
+def prompt_row(result: PromptResult) -> dict[str, Any]:
+    """Return a prompt's row of `localization.csv`."""
     return {
         "prompt": result.prompt,
         "is_memorized": result.is_memorized,
+        "best_pair": f"{result.best_pair:.6f}",
+        **table_fields(result),
+    }
+
+
+def table_fields(result: Any) -> dict[str, Any]:
+    """Return the columns that prompts and clusters share."""
+    chosen = [f"{layer}:{index}" for layer, indices in enumerate(result.refined) for index in indices]
+    scores = ("initial_score", "refined_score", "threshold")
+    return {
         **{name: f"{getattr(result, name):.6f}" for name in scores},
         "is_replaced": result.is_replaced,
         "num_initial": sum(map(len, result.initial)),

@@ -216,15 +216,22 @@ def mean_absolute(values: Tensor, positions: Tensor | None = None) -> Tensor:
 
     Source: Hintersdorf et al. 2024, released code (all positions, padding included).
     """
+    sizes = values.float().abs()
     if positions is None:
-        return values.abs().mean(1).float()
-    weight = positions.to(values).unsqueeze(-1)
-    return ((values.abs() * weight).sum(1) / weight.sum(1).clamp(min=1)).float()
+        return sizes.mean(1)
+    weight = positions.to(sizes).unsqueeze(-1)
+    return (sizes * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def z_scores(activation: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return how many standard deviations activations are off the mean; shape (F,), float32, unitless."""
-    return (activation.float() - mean.float()) / std.float()
+    """Return how many standard deviations activations are off the mean; shape (F,), float32, unitless.
+
+    A neuron that does not vary (spread below a millionth of its mean, as at a start token that sees itself alone) is
+    never unusual: 0. What divides by such a spread is rounding.
+    """
+    mean, std = mean.float(), std.float()
+    varies = std > 1e-6 * mean.abs()
+    return torch.where(varies, (activation.float() - mean) / torch.where(varies, std, 1.0), 0.0)
 
 
 def scaled_maps(maps: Tensor) -> Tensor:
@@ -287,6 +294,22 @@ def map_similarity(first: Tensor, second: Tensor, *, ranges: Ranges = "pair", nu
     if ranges == "call":
         return compare(first, second)
     return torch.cat([compare(first[i : i + 1], second[i : i + 1]) for i in range(len(first))])
+
+
+def correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Correlate maps channel by channel and average over channels: a similarity that can be differentiated everywhere.
+
+    Args:
+        first: shape (N, C, H, W), any unit; moving or stretching a channel changes nothing.
+        second: same shape.
+
+    Returns:
+        Shape (N,), unitless, -1 to 1; a constant channel counts as 0.
+
+    Source: Pearson's coefficient.
+    """
+    a, b = (maps.flatten(2) - maps.flatten(2).mean(2, keepdim=True) for maps in (first, second))
+    return torch.nn.functional.cosine_similarity(a, b, dim=2).mean(1)
 
 
 def _num_scales(side: int) -> int:

@@ -239,22 +239,6 @@ class Found:
     scores: tuple[float, ...]
 
 
-def importance_order(sets: Iterator[CandidateSet], z: Sequence[Tensor]) -> list[Neuron]:
-    """Order all candidates: unusual ones by absolute z-score, largest first, then the rest as the sets grow."""
-    sets_seen = list(sets)
-    theta = min(candidates.theta for candidates in sets_seen)
-    unusual = [
-        (abs(float(value)), layer, index)
-        for layer, scores in enumerate(z)
-        for index, value in enumerate(scores.tolist())
-        if abs(value) > theta
-    ]
-    order = [(layer, index) for _, layer, index in sorted(unusual, key=lambda entry: (-entry[0], *entry[1:]))]
-    for candidates in sets_seen:
-        order += [(layer, index) for layer, chosen in enumerate(candidates.entries) for index in chosen]
-    return list(dict.fromkeys(order))
-
-
 def smallest(
     order: Sequence[Neuron], effect: SampleEffect, threshold: float, samples: Sequence[int]
 ) -> Found:

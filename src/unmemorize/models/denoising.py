@@ -10,8 +10,8 @@ Nothing is denoised here: every call sees the initial latents.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ from unmemorize.neurons import Site
 Pipeline: TypeAlias = Any
 """A diffusers pipeline. Its parts are registered at run time, so no type describes them."""
 
+_NUM_STEPS = 50  # of a schedule that is not run; some schedulers cannot make one of a few steps
 _UNBATCHED = ("txt_ids", "img_ids")  # positions, shared by all rows
 
 
@@ -65,9 +66,13 @@ class DenoiserCall:
     signal_frac: Tensor
     prediction_type: str
 
-    @torch.no_grad()
     def predict(
-        self, samples: Sequence[int], *, step_idx: int = 0, gates: Mapping[Site, Tensor] | None = None
+        self,
+        samples: Sequence[int],
+        *,
+        step_idx: int = 0,
+        gates: Mapping[Site, Tensor] | None = None,
+        has_gradient: bool = False,
     ) -> Tensor:
         """Run the denoiser on some of the samples; a sample may be named more than once.
 
@@ -75,6 +80,8 @@ class DenoiserCall:
             samples: indices into `latents`, length M.
             step_idx: which timestep of the schedule the denoiser is told; the latents stay the initial ones.
             gates: site -> gate of shape (F,) or (M, F), unitless, in the order of `samples`.
+            has_gradient: whether predictions can be differentiated with respect to the gates. Weights are held constant
+                during the call, which also keeps the memory for their gradients free.
 
         Returns:
             Raw predictions, shape (rows, M, ...), in the denoiser's dtype.
@@ -91,7 +98,11 @@ class DenoiserCall:
             site: gate if gate.dim() == 1 else gate.repeat(self.rows, 1).unsqueeze(1)
             for site, gate in (gates or {}).items()
         }
-        with gated(self.denoiser, spread):
+        with (
+            torch.set_grad_enabled(has_gradient),
+            constant_weights(self.denoiser),
+            gated(self.denoiser, spread),
+        ):
             output: Tensor = self.denoiser(**arguments)[0]
         return output.reshape(self.rows, count, *output.shape[1:])
 
@@ -137,6 +148,19 @@ class DenoiserCall:
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(maps), -1, 2 * height, 2 * width)
 
 
+@contextmanager
+def constant_weights(module: nn.Module) -> Iterator[None]:
+    """Hold a module's parameters out of the graphs that are built while the block is open; flags are restored."""
+    held = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in held:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
+
+
 @torch.no_grad()
 def record(
     pipe: Pipeline,
@@ -144,7 +168,7 @@ def record(
     *,
     num_samples: int = 1,
     seeds: Sequence[int] = (0,),
-    num_steps: int = 50,
+    num_steps: int = _NUM_STEPS,
     guidance: float = 0.0,
     size_px: int | None = None,
 ) -> DenoiserCall:
@@ -198,7 +222,7 @@ def encoded(pipe: Pipeline, prompts: Sequence[str]) -> Tensor:
 
 def text_arguments(pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
     """Return every argument of the denoiser's first call for N prompts, by name. No denoiser pass is made."""
-    _, arguments = _first_call(pipe, list(prompts), 1, [torch.Generator()], 1, 0.0, None)
+    _, arguments = _first_call(pipe, list(prompts), 1, [torch.Generator()], _NUM_STEPS, 0.0, None)
     return arguments
 
 
