@@ -20,12 +20,14 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from unmemorize.errors import UnmemorizeError
+from unmemorize.errors import UnmemorizeError, UnmemorizeWarning
 from unmemorize.verbs import VERBS, Answer
 
 if TYPE_CHECKING:
@@ -128,7 +130,8 @@ def _framed(verb: Callable[..., Answer]) -> Callable[..., None]:
 def _run(verb: Callable[..., Answer], *, as_json: bool, debug: bool) -> int:
     progress = ProgressPrinter(sys.stderr, is_silent=not _is_first_process())
     try:
-        answer = verb(progress)
+        with _warnings_as_lines(progress):
+            answer = verb(progress)
     except KeyboardInterrupt:
         progress.close()
         return _interrupted()
@@ -145,6 +148,24 @@ def _run(verb: Callable[..., Answer], *, as_json: bool, debug: bool) -> int:
     if _is_first_process():
         _show(json.dumps(answer.data, ensure_ascii=False, indent=2) if as_json else "\n".join(answer.lines))
     return answer.exit_code
+
+
+@contextmanager
+def _warnings_as_lines(progress: ProgressPrinter) -> Iterator[None]:
+    """Show warnings of ours as one line each, and the same one once; others are shown as Python shows them."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+        if not issubclass(category, UnmemorizeWarning):
+            others(message, category, *rest, **named)
+        elif _is_first_process():
+            progress.close()
+            print(f"unmemorize: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UnmemorizeWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _is_first_process() -> bool:

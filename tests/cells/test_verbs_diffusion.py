@@ -10,8 +10,10 @@ import pytest
 
 from tests.cells.test_verbs import ask, refusal
 from tests.tiny_diffusion import tiny_pipeline
+from unmemorize.cli import main
 from unmemorize.models.diffusion import fingerprint, load
 from unmemorize.neurons import load_neurons
+from unmemorize.remove.diffusion import undone
 
 CAPTIONS = ["a red cat", "the blue house", "a photo of the moon", "river stone", "tree of the garden"]
 
@@ -39,7 +41,7 @@ def test_check_knows_the_family(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_localize_writes_a_run_and_continues_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer = ask(capsys, *words(folder, "run", "--threshold", "0.0001"))
+    answer = ask(capsys, *words(folder, "run", "--threshold=-1"))
     run = folder / "run"
     assert answer["num_targets"] == 2 and answer["neurons"] == str(run / "neurons.json")
     names = {"localization.json", "localization.jsonl", "localization.csv", "neurons.json", "gate.jsonl"}
@@ -49,7 +51,7 @@ def test_localize_writes_a_run_and_continues_it(folder: Path, capsys: pytest.Cap
     ]
     load_neurons(run / "neurons.json")
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.suffix == ".jsonl"}
-    again = ask(capsys, *words(folder, "run", "--threshold", "0.0001"))
+    again = ask(capsys, *words(folder, "run", "--threshold=-1"))
     assert [r["refined"] for r in again["results"]] == [r["refined"] for r in answer["results"]]
     assert before["gate.jsonl"] == (run / "gate.jsonl").stat().st_mtime_ns
 
@@ -88,3 +90,101 @@ def test_bad_input_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str],
     assert "no blocks named 'side'; this denoiser has down, mid, up" in message
     assert "cannot use device 'cuda'" in refusal(capsys, *words(folder, "device", "--device", "cuda"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    """A run in which every target is taken for memorized."""
+    assert main(words(folder, "found", "--threshold=-1")) == 0
+    return folder / "found"
+
+
+QUICK = ("--num-seeds", "1", "--num-steps", "2", "--size-px", "64", "--guidance", "2")
+
+
+def test_audit_compares_states_and_report_shows_them(
+    folder: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rivals = "placebo first-layer padding:z tokens:2 adjusted"
+    start = ["audit", str(folder / "pipe"), "--examples", str(folder / "prompts.csv"), "--out", str(run)]
+    answer = ask(capsys, *start, *QUICK, "--rivals", rivals, "--twin", str(folder / "pipe"))
+    names = ["before", "after", "own", "twin", "placebo", "first-layer", "padding", "tokens-2", "adjusted"]
+    assert [state["state"] for state in answer["states"]] == names
+    assert [(row["prompt"], row["group"]) for row in answer["localized"]] == [
+        ("a photo of the lighthouse", "target"),
+        ("stone garden", "target"),
+        ("a lamp", "neighbour"),
+    ]
+    assert [len(prompt["made"]["after"]) for prompt in answer["prompts"]] == [1, 1, 1]
+    assert sum(len(site["indices"]) for site in answer["sites"]) == len(load_neurons(run / "neurons.json"))
+    assert main(["report", str(run)]) == 0
+    assert "a photo of the lighthouse" in (run / "report.html").read_text()
+    assert ask(capsys, *start, *QUICK, "--max-extraction", "0.5", code=1)["kind"] == "pictures"
+
+
+@pytest.mark.parametrize("way", ["fold", "edit"])
+def test_remove_writes_a_plain_pipeline(
+    folder: Path, run: Path, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / way
+    named = ["--neurons", str(run / "neurons.json"), "--way", way]
+    prompts = ["--examples", str(folder / "prompts.csv"), "--ordinary", str(folder / "ordinary.txt")]
+    answer = ask(capsys, "remove", str(folder / "pipe"), "--out", str(out), *named, *prompts, "--keep-undo")
+    assert answer["num_neurons"] == len(load_neurons(run / "neurons.json"))
+    before, after = fingerprint(load(folder / "pipe")), fingerprint(load(out))
+    assert before != after and fingerprint(undone(out)) == before
+    manifest = json.loads((out / "unmemorize.json").read_text())
+    assert (manifest["way"], manifest["model"], manifest["result"]) == (way, before, after)
+
+
+def test_refusals_of_audit_and_remove(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, prompts = str(folder / "pipe"), str(folder / "prompts.csv")
+    assert "give --examples FILE (prompts) and --out RUN" in refusal(capsys, "audit", pipe)
+    start = ["audit", pipe, "--examples", prompts, "--out", str(folder / "nothing")]
+    assert "neurons.json does not exist" in refusal(capsys, *start)
+    start = [*start, "--neurons", str(run / "neurons.json"), *QUICK]
+    assert "unknown rival 'magic'; expected placebo" in refusal(capsys, *start, "--rivals", "magic")
+    message = refusal(capsys, *start, "--sscd", "model.pt")
+    assert "the name of model.pt tells no SSCD variant" in message
+    assert "give --neurons FILE and --way fold or edit" in refusal(
+        capsys, "remove", pipe, "--out", str(folder / "x")
+    )
+    tiny_pipeline("sd1", seed=1).save_pretrained(folder / "other")
+    named = ["--neurons", str(run / "neurons.json"), "--out", str(folder / "x")]
+    assert "use the model it was made for" in refusal(capsys, "remove", str(folder / "other"), *named)
+    message = refusal(capsys, "remove", pipe, *named, "--way", "edit")
+    assert "an edit needs the prompts it is to quiet" in message
+    assert not (folder / "x").exists()
+
+
+def test_long_prompts_are_named_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "long.txt"
+    path.write_text("photo " * 90 + "lighthouse\n")
+    named = [
+        "--examples",
+        str(path),
+        "--ordinary",
+        str(folder / "ordinary.txt"),
+        "--out",
+        str(folder / "long"),
+    ]
+    capsys.readouterr()
+    assert main(["localize", str(folder / "pipe"), *named, "--threshold", "0.9999"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("unmemorize: warning: ") == 1 and "lighthouse" in err and "UserWarning" not in err
+
+
+def test_clusters_share_one_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "alike.txt"
+    path.write_text("a photo of the red cat\na photo of the blue cat\nstone garden\n")
+    named = [
+        "--examples",
+        str(path),
+        "--ordinary",
+        str(folder / "ordinary.txt"),
+        "--out",
+        str(folder / "alike"),
+    ]
+    answer = ask(capsys, "localize", str(folder / "pipe"), *named, "--threshold=-1", "--clusters")
+    assert answer["num_targets"] == 3 and answer["num_memorized"] == 2
+    assert answer["results"][0]["refined"] == answer["results"][1]["refined"]

@@ -21,14 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from unmemorize.errors import ConfigError, DataError, FileFormatError
+from unmemorize.files import read_json, read_json_lines
 from unmemorize.localize.diffusion import header_of, require_sites, warn_if_cut
 from unmemorize.localize.passes import NemoSettings
 from unmemorize.localize.procedures import FastOutcome, Member, fast, found_fields
 from unmemorize.localize.results import (
+    LOCALIZATION_FORMAT,
+    LOCALIZATION_VERSION,
     Cost,
+    PromptResult,
     add_line,
     finish_folder,
     outcome_of,
+    result_from_json,
     shortened,
     start_lines,
     table_fields,
@@ -221,3 +226,47 @@ def _from_json(value: dict[str, Any]) -> ClusterResult:
         raise FileFormatError(
             f"a line of localization.jsonl does not fit ({error}); start a new folder"
         ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResults:
+    """What a run folder holds: the sites that were searched, the gate's threshold, and one result a prompt."""
+
+    sites: tuple[Site, ...]
+    gate_threshold: float
+    results: tuple[PromptResult, ...]
+
+
+def read_results(folder: str | Path) -> StoredResults:
+    """Read what localization left in a run folder; a cluster's set is every member's, its cost the first member's.
+
+    Raises:
+        FileFormatError: if a file is missing, damaged, or does not fit.
+    """
+    path = Path(folder) / "localization.json"
+    header = read_json(path, format=LOCALIZATION_FORMAT, version=LOCALIZATION_VERSION)
+    lines = read_json_lines(Path(folder) / "localization.jsonl")
+    try:
+        sites = tuple(Site(**site) for site in header["sites"])
+        threshold = float(header["settings"]["search"]["gate_threshold"])
+    except (KeyError, TypeError) as error:
+        raise FileFormatError(f"{path} lacks {error}; localize into a new folder") from error
+    if "clusters" not in header:
+        return StoredResults(sites, threshold, tuple(map(result_from_json, lines)))
+    found = [_from_json(value) for value in lines]
+    return StoredResults(sites, threshold, tuple(one for result in found for one in _by_member(result)))
+
+
+def _by_member(result: ClusterResult) -> Iterator[PromptResult]:
+    for number, prompt in enumerate(result.members):
+        is_memorized = bool(result.kept[number])
+        shared = ("initial", "initial_score", "refined", "threshold", "is_replaced")
+        yield PromptResult(
+            prompt=prompt,
+            is_memorized=is_memorized,
+            best_pair=result.best_pairs[number],
+            kept=result.kept[number],
+            cost=result.cost if number == 0 else Cost(),
+            refined_score=result.refined_scores[number] if is_memorized else 0.0,
+            **({name: getattr(result, name) for name in shared} if is_memorized else {}),
+        )

@@ -62,6 +62,11 @@ class Mitigation:
     arguments: Callable[[str], dict[str, Any]] = _prompt_alone
     num_neurons: int = 0
 
+    @property
+    def changes_prompt(self) -> bool:
+        """Whether the arguments are anything but the prompt itself."""
+        return self.arguments is not _prompt_alone
+
 
 def switched_off(
     pipe: Pipeline,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from unmemorize.corpus import IdKind
-from unmemorize.verbs.answers import Answer, file_with_options, integers
+from unmemorize.errors import ConfigError
+from unmemorize.verbs.answers import Answer, Precision, file_with_options, integers
 from unmemorize.verbs.families import family_of
 
 if TYPE_CHECKING:
@@ -132,6 +133,13 @@ def localize(
     method: Annotated[
         Literal["fast", "compat", "paper"], typer.Option(help="NeMo: fast, as released, or as written.")
     ] = "fast",
+    ranking: Annotated[
+        Literal["unusual", "gradient"],
+        typer.Option(help="Order in which fast tries neurons: by z-score, or by a gradient."),
+    ] = "unusual",
+    clusters: Annotated[
+        bool, typer.Option(help="Find one set for each group of near-duplicate prompts (fast only).")
+    ] = False,
     threshold: Annotated[
         float | None,
         typer.Option(help="Threshold of gate and search; by default calibrated on the ordinary prompts."),
@@ -149,8 +157,7 @@ def localize(
     column: Annotated[str | None, typer.Option(help="Column of the table that holds the prompt.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps; auto takes the first accelerator.")] = "auto",
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="Dtype of the weights; by default the checkpoint's."),
+        Precision | None, typer.Option(help="Dtype of the weights; by default the checkpoint's.")
     ] = None,
 ) -> Answer:
     """Find out which prompts reproduce training pictures, and which neurons hold them."""
@@ -158,6 +165,8 @@ def localize(
 
     options = diffusion.NemoOptions(
         mode=method,
+        ranking=ranking,
+        is_clustered=clusters,
         statistics=statistics,
         num_samples=num_samples,
         seed=seed,
@@ -172,40 +181,117 @@ def localize(
 
 def audit(
     progress: ProgressCallback,
-    target: Annotated[Path, typer.Argument(help="Run folder, or model folder.", metavar="RUN|MODEL")],
+    target: Annotated[str, typer.Argument(help="Run folder, model or pipeline.", metavar="RUN|MODEL")],
     examples: Annotated[
-        Path | None, typer.Option(help="For a model: a run folder or a .jsonl file with text and group.")
+        Path | None,
+        typer.Option(
+            help="For a model: a run folder, or a .jsonl file with text and group; prompts for a pipeline."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="For a model: run folder to write audit.json to.")] = None,
     max_extraction: Annotated[
         float | None,
-        typer.Option(help="Exit with 1 if more than this share of targets may be extractable, 0 to 1."),
+        typer.Option(help="Exit with 1 if more than this share of targets may still be reproduced, 0 to 1."),
     ] = None,
-    length: Annotated[int, typer.Option(help="For a model: tokens to which texts are cut.")] = 256,
+    length: Annotated[int, typer.Option(help="For a language model: tokens to which texts are cut.")] = 256,
+    neurons: Annotated[
+        Path | None, typer.Option(help="Pipeline: neurons to switch off; by default those of the run folder.")
+    ] = None,
+    rivals: Annotated[
+        str,
+        typer.Option(help="Pipeline: what to compare with: placebo first-layer padding tokens:4 adjusted."),
+    ] = "placebo",
+    mended: Annotated[
+        Path | None, typer.Option(help="Pipeline: folder after removal, to measure too.")
+    ] = None,
+    twin: Annotated[
+        Path | None, typer.Option(help="Pipeline: folder of one that never saw the targets.")
+    ] = None,
+    sscd: Annotated[
+        list[Path] | None,
+        typer.Option(help="Pipeline: SSCD model file (disc_mixup or disc_large); repeatable."),
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Pipeline: CLIP folder or hub name, for the alignment with prompts.")
+    ] = None,
+    num_seeds: Annotated[int, typer.Option(help="Pipeline: pictures per prompt and state.")] = 10,
+    num_steps: Annotated[int, typer.Option(help="Pipeline: denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Pipeline: guidance scale.")] = 7.0,
+    size_px: Annotated[
+        int | None, typer.Option(help="Pipeline: side of the pictures in pixels; by default its own.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Pipeline: column that holds the prompt.")] = None,
+    device: Annotated[str, typer.Option(help="Pipeline: cpu, cuda, mps, or auto.")] = "auto",
+    dtype: Annotated[Precision | None, typer.Option(help="Pipeline: dtype of the weights.")] = None,
 ) -> Answer:
-    """Measure what models know of repeated and of new text, in every state, with intervals."""
-    from unmemorize.verbs import language
+    """Measure what models reproduce of what they were trained on, in every state, with intervals."""
+    from unmemorize.verbs import diffusion, language
 
-    return language.audit(progress, target, examples, out, max_extraction, length)
+    if family_of(target) != "diffusion":
+        return language.audit(progress, Path(target), examples, out, max_extraction, length)
+    if examples is None or out is None:
+        raise ConfigError("to audit a pipeline give --examples FILE (prompts) and --out RUN")
+    options = diffusion.PictureOptions(
+        neurons=neurons,
+        rivals=rivals,
+        mended=mended,
+        twin=twin,
+        sscd=tuple(sscd or ()),
+        clip=clip,
+        num_seeds=num_seeds,
+        num_steps=num_steps,
+        guidance=guidance,
+        size_px=size_px,
+        column=column,
+    )
+    loading = diffusion.Loading(device=device, precision=dtype)
+    return diffusion.audit(progress, target, examples, out, max_extraction, options, loading)
 
 
 def remove(
     progress: ProgressCallback,
-    model: Annotated[Path, typer.Argument(help="Model folder, as trained.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Model or pipeline folder, as trained.", metavar="MODEL")],
     out: Annotated[Path, typer.Option(help="Folder for the plain model.")],
     neurons: Annotated[
         Path | None,
-        typer.Option(help="Neuron file to remove; by default the pool of the model's sinks.json."),
+        typer.Option(
+            help="Neuron file to remove; for a language model by default the pool of its sinks.json."
+        ),
     ] = None,
-    keep: Annotated[str | None, typer.Option(help="Ids whose sinks stay, separated by commas.")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Language model: ids whose sinks stay, separated by commas.")
+    ] = None,
     way: Annotated[
-        Literal["excise", "fold"], typer.Option(help="excise: narrower model; fold: zeros at equal width.")
-    ] = "excise",
+        Literal["excise", "fold", "edit"] | None,
+        typer.Option(
+            help="excise: narrower language model (its default); fold: zeros at equal width (default of pipelines); "
+            "edit: pipelines, values quiet on the targets without rows of zeros."
+        ),
+    ] = None,
+    examples: Annotated[Path | None, typer.Option(help="For edit: prompts whose targets go quiet.")] = None,
+    ordinary: Annotated[
+        Path | None, typer.Option(help="For edit: ordinary prompts, to be preserved.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="For edit: column that holds the prompt.")] = None,
+    keep_undo: Annotated[
+        bool,
+        typer.Option(help="Pipeline: keep the original rows beside it; whoever has them has the memory."),
+    ] = False,
 ) -> Answer:
     """Remove neurons for good and write a plain model that loads without this library."""
-    from unmemorize.verbs import language
+    from unmemorize.verbs import diffusion, language
 
-    return language.remove(model, out, neurons, keep, way)
+    if family_of(model) == "diffusion":
+        if way == "excise" or neurons is None or keep is not None:
+            raise ConfigError(
+                "for a pipeline give --neurons FILE and --way fold or edit; --keep is for sinks"
+            )
+        return diffusion.remove(
+            progress, model, out, neurons, way or "fold", keep_undo, examples, ordinary, column
+        )
+    if way == "edit":
+        raise ConfigError("--way edit is for pipelines; for a language model use excise or fold")
+    return language.remove(Path(model), out, neurons, keep, way or "excise")
 
 
 def ids(

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from unmemorize.errors import ConfigError, DataError
-from unmemorize.verbs.answers import Answer, check_answer, table_row
+from unmemorize.verbs.answers import Answer, Precision, bar_line, check_answer, table_row, upper_end
 
 if TYPE_CHECKING:
+    from unmemorize.audit.similarity import SimilarityMeasure, SscdVariant
     from unmemorize.corpus.prompts import Prompt
+    from unmemorize.localize.clusters import StoredResults
     from unmemorize.localize.passes import NemoSettings
-    from unmemorize.localize.results import PromptResult
     from unmemorize.localize.scores import ActivationStatistics
     from unmemorize.models.denoising import Pipeline
-    from unmemorize.neurons import Site
-    from unmemorize.records import ProgressCallback
-
-Precision = Literal["float32", "float16", "bfloat16"]
+    from unmemorize.neurons import NeuronSet, Site
+    from unmemorize.records import LocalizedPrompt, ProgressCallback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +34,8 @@ class NemoOptions:
     """Options of `localize` that only text-to-image models have; the verb says what they mean."""
 
     mode: Literal["fast", "compat", "paper"] = "fast"
+    ranking: Literal["unusual", "gradient"] = "unusual"
+    is_clustered: bool = False
     statistics: Path | None = None
     num_samples: int | None = None
     seed: int = 1
@@ -84,7 +85,10 @@ def localize(
 ) -> Answer:
     """Find the neurons of each target prompt; prompts of other groups only meet the gate."""
     from unmemorize.corpus.prompts import read_prompts, require_apart
+    from unmemorize.localize.clusters import describe_cluster, localize_clusters_into, read_results
     from unmemorize.localize.diffusion import localize_into
+    from unmemorize.localize.grouping import clusters
+    from unmemorize.localize.results import describe
     from unmemorize.models.diffusion import find_sites
 
     prompts = read_prompts(examples, column=options.column)
@@ -100,26 +104,29 @@ def localize(
     sites = find_sites(pipe, blocks=blocks)
     statistics = _statistics(pipe, sites, known, options.statistics, out, progress)
     settings = _settings(pipe, known, options, out, progress)
-    results = localize_into(out, pipe, targets, statistics, settings, progress=progress)
+    if options.is_clustered:
+        groups = clusters(targets)
+        found = localize_clusters_into(out, pipe, groups, statistics, settings, progress=progress)
+        lines, num_memorized = (
+            [describe_cluster(one) for one in found],
+            sum(one.is_memorized for one in found),
+        )
+    else:
+        results = localize_into(out, pipe, targets, statistics, settings, progress=progress)
+        lines, num_memorized = [describe(one) for one in results], sum(one.is_memorized for one in results)
     _gate_others(pipe, [p for p in prompts if p.group != "target"], settings, out, progress)
-    lines = [_line(result) for result in results]
-    memorized = [result for result in results if result.is_memorized]
     threshold = settings.search.gate_threshold
-    summary = f"{len(memorized)} of {len(results)} target prompts are memorized (threshold {threshold:.3f})"
+    what = "clusters of target prompts" if options.is_clustered else "target prompts"
+    summary = f"{num_memorized} of {len(lines)} {what} are memorized (threshold {threshold:.3f})"
     data = {
         "run": str(out),
-        "num_targets": len(results),
-        "num_memorized": len(memorized),
+        "num_targets": len(targets),
+        "num_memorized": num_memorized,
         "gate_threshold": threshold,
-        "results": [result.to_json() for result in results],
+        "results": [asdict(result) for result in read_results(out).results],
         "neurons": str(out / "neurons.json"),
     }
     return Answer(data=data, lines=[*lines, summary, str(out / "neurons.json")])
-
-
-def _line(result: PromptResult) -> str:
-    found = f"{sum(map(len, result.refined))} neurons" if result.is_memorized else "not memorized"
-    return f"{found}  (best pair {result.best_pair:.3f})  {result.prompt[:80]}"
 
 
 def _statistics(
@@ -152,7 +159,9 @@ def _settings(
     from unmemorize.localize.calibration import calibrate
     from unmemorize.localize.passes import NemoSettings
 
-    settings = NemoSettings(mode=options.mode, num_samples=options.num_samples, seed=options.seed)
+    settings = NemoSettings(
+        mode=options.mode, ranking=options.ranking, num_samples=options.num_samples, seed=options.seed
+    )
     threshold = options.threshold
     chosen = ordinary[: options.num_calibration]
     if threshold is None and len(chosen) >= 2:
@@ -191,3 +200,182 @@ def _gate_others(
             append_json_line(path, done[prompt.text])
         progress(Progress("gate", number, len(prompts), "prompts"))
     return [done[prompt.text] for prompt in prompts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureOptions:
+    """Options of `audit` that only text-to-image models have; the verb says what they mean."""
+
+    neurons: Path | None = None
+    rivals: str = "placebo"
+    mended: Path | None = None
+    twin: Path | None = None
+    sscd: tuple[Path, ...] = ()
+    clip: str | None = None
+    num_seeds: int = 10
+    num_steps: int = 50
+    guidance: float = 7.0
+    size_px: int | None = None
+    column: str | None = None
+
+
+def audit(
+    progress: ProgressCallback,
+    model: str,
+    examples: Path,
+    out: Path,
+    max_extraction: float | None,
+    options: PictureOptions,
+    loading: Loading,
+) -> Answer:
+    """Make pictures in every state and measure what they copy."""
+    from unmemorize.audit.diffusion import audit_pictures
+    from unmemorize.audit.localized import localized_prompts, site_neurons
+    from unmemorize.audit.pictures import PromptCase
+    from unmemorize.audit.prompt_alignment import ClipAlignment
+    from unmemorize.audit.ways import PictureAuditSettings
+    from unmemorize.corpus.prompts import read_prompts
+    from unmemorize.models.diffusion import find_sites, fingerprint
+    from unmemorize.neurons import load_neurons
+    from unmemorize.verbs.states import own_neurons, pipelines, states
+
+    prompts = read_prompts(examples, column=options.column)
+    neurons = load_neurons(options.neurons or out / "neurons.json")
+    pipe = opened(model, loading)
+    groups = {prompt.text: prompt.group for prompt in prompts}
+    found = _found(out, groups)
+    others = pipelines(
+        {"mended": options.mended, "twin": options.twin}, lambda folder: opened(folder, loading)
+    )
+    own = own_neurons(found.results, fingerprint(pipe), found.sites)
+    ways = states(pipe, neurons, rivals=options.rivals, own=own if len(own) > 1 else None, others=others)
+    settings = PictureAuditSettings(
+        seeds=tuple(range(1000, 1000 + options.num_seeds)),
+        num_steps=options.num_steps,
+        guidance=options.guidance,
+        size_px=options.size_px,
+    )
+    result = audit_pictures(
+        [PromptCase(prompt=p.text, group=p.group, pictures=p.pictures) for p in prompts],
+        ways,
+        settings,
+        out,
+        measures=_measures(options.sscd, str(pipe.device)),
+        alignment=None if options.clip is None else ClipAlignment.load(options.clip, device=str(pipe.device)),
+        localized=[*localized_prompts(found.results, groups), *_gate_rows(out)],
+        sites=site_neurons(found.sites or find_sites(pipe), neurons, found.results),
+        gate_threshold=found.gate_threshold if found.results else None,
+        title=f"Audit of {Path(model).name}",
+        progress=progress,
+    )
+    after = next(state for state in result.states if state.state == ("mended" if options.mended else "after"))
+    rate = next((g.similarities[0].copy_rate_frac for g in after.groups if g.group == "target"), None)
+    bar, code = bar_line("copies of targets", upper_end(rate), max_extraction)
+    lines = [result.verdict, *result.limits, *bar, str(out / "audit.json")]
+    return Answer(data=result.model_dump(mode="json"), lines=lines, exit_code=code)
+
+
+def _found(out: Path, groups: Mapping[str, str]) -> StoredResults:
+    """Return what localization left in the run folder for prompts of the audit; nothing if it was not run there."""
+    from unmemorize.localize.clusters import StoredResults, read_results
+
+    if not (out / "localization.jsonl").is_file():
+        return StoredResults((), 0.0, ())
+    stored = read_results(out)
+    return replace(stored, results=tuple(one for one in stored.results if one.prompt in groups))
+
+
+def _gate_rows(out: Path) -> list[LocalizedPrompt]:
+    """Return the scores of prompts that only met the gate."""
+    from unmemorize.files import read_json_lines
+    from unmemorize.localize.clusters import read_results
+    from unmemorize.records import LocalizedPrompt
+
+    path = out / "gate.jsonl"
+    if not path.exists():
+        return []
+    threshold = read_results(out).gate_threshold
+    return [
+        LocalizedPrompt(**row, is_memorized=row["best_pair"] > threshold) for row in read_json_lines(path)
+    ]
+
+
+def _measures(files: Sequence[Path], device: str) -> list[SimilarityMeasure]:
+    """Return SSCD for every model file, its variant told by the file's name, then the measure that needs no file."""
+    from unmemorize.audit.similarity import sscd, structure
+
+    found: list[SimilarityMeasure] = []
+    for path in files:
+        variant: SscdVariant
+        if "disc_mixup" in path.name:
+            variant = "sscd_disc_mixup"
+        elif "disc_large" in path.name:
+            variant = "sscd_disc_large"
+        else:
+            raise ConfigError(
+                f"the name of {path} tells no SSCD variant; expected disc_mixup or disc_large in it, as released"
+            )
+        found.append(sscd(path, variant, device=device))
+    return [*found, structure()]
+
+
+def remove(
+    progress: ProgressCallback,
+    model: str,
+    out: Path,
+    neurons: Path,
+    way: Literal["fold", "edit"],
+    keep_undo: bool,
+    examples: Path | None,
+    ordinary: Path | None,
+    column: str | None,
+) -> Answer:
+    """Write a removal into the weights, export the pipeline, and prove that it loads without this library."""
+    from unmemorize.models.diffusion import fingerprint
+    from unmemorize.neurons import load_neurons
+    from unmemorize.remove.diffusion import export, fold, prove_plain
+
+    pipe = opened(model, Loading(device="cpu"))
+    chosen = load_neurons(neurons)
+    figures: dict[str, Any] = {}
+    if way == "edit":
+        if examples is None or ordinary is None:
+            raise ConfigError(
+                "an edit needs the prompts it is to quiet (--examples) and ordinary ones (--ordinary)"
+            )
+        mended, figures = _edited(pipe, chosen, examples, ordinary, column, progress)
+    else:
+        mended = fold(pipe, chosen)
+    manifest = {
+        "way": way,
+        "model": fingerprint(pipe),
+        "num_neurons": len(chosen),
+        "neurons": {site.path: list(indices) for site, indices in chosen.indices.items()},
+        **figures,
+    }
+    export(mended, out, manifest=manifest, original=pipe if keep_undo else None)
+    prove_plain(out, "a picture", num_inference_steps=2)
+    what = "closed" if way == "fold" else "edited"
+    lines = [f"{what} {len(chosen)} neurons; loads without unmemorize", str(out)]
+    return Answer(data={"folder": str(out), "way": way, "num_neurons": len(chosen), **figures}, lines=lines)
+
+
+def _edited(
+    pipe: Pipeline,
+    chosen: NeuronSet,
+    examples: Path,
+    ordinary: Path,
+    column: str | None,
+    progress: ProgressCallback,
+) -> tuple[Pipeline, dict[str, Any]]:
+    from unmemorize.corpus.prompts import read_prompts, require_apart
+    from unmemorize.remove.diffusion_edits import edit_figures, edit_values
+    from unmemorize.remove.diffusion_moments import collect_second_moments
+
+    prompts = read_prompts(examples, column=column)
+    captions = [prompt.text for prompt in read_prompts(ordinary, group="ordinary")]
+    require_apart(prompts, captions)
+    targets = [prompt.text for prompt in prompts if prompt.group == "target"]
+    moments = collect_second_moments(pipe, captions, progress=progress)
+    edited = edit_values(pipe, targets, moments, neurons=chosen)
+    return edited, edit_figures(pipe, edited, targets, moments).manifest()

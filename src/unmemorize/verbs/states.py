@@ -1,7 +1,8 @@
 """States that an audit of text-to-image models compares: the model as it is, neurons off, rivals, other pipelines.
 
-Rivals are named in words, separated by spaces: `placebo` (as many random neurons at each site), `first-layer`, `padding`
-(another padding token), `tokens:N` (N random tokens in the prompt), `adjusted` (the embedding of Wen et al.).
+Rivals are named in words, separated by spaces: `placebo` (as many random neurons at each site), `first-layer`,
+`padding` or `padding:TOKEN` (padded with another token, by default "!"), `tokens:N` (N random tokens in the prompt),
+`adjusted` (the embedding of Wen et al.).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from unmemorize.neurons import NeuronSet, Site
     from unmemorize.remove.mitigations import Mitigation
 
-RIVALS = ("placebo", "first-layer", "padding", "tokens:N", "adjusted")
+RIVALS = ("placebo", "first-layer", "padding:TOKEN", "tokens:N", "adjusted")
 
 
 def states(
@@ -50,7 +51,9 @@ def states(
 
     model_id = fingerprint(pipe)
     found = [Way(state="before", label="before", pipe=pipe, identity=model_id)]
-    off = switched_off(pipe, neurons, description="The neurons found for all targets are off, for every prompt.")
+    off = switched_off(
+        pipe, neurons, description="The neurons found for all targets are off, for every prompt."
+    )
     found.append(_way("after", "after", pipe, off, f"{model_id} {_digest(neurons)}", is_rival=False))
     if own:
         found.append(_own(pipe, own, model_id))
@@ -58,11 +61,16 @@ def states(
         text = "The pipeline after removal." if name == "mended" else "Another pipeline, for comparison."
         is_rival = name != "mended"
         identity = fingerprint(other)
-        found.append(Way(state=name, label=name, pipe=other, description=text, is_rival=is_rival, identity=identity))
+        found.append(
+            Way(state=name, label=name, pipe=other, description=text, is_rival=is_rival, identity=identity)
+        )
     for word in rivals.split():
-        state = word.replace(":", "-")
+        kind, _, number = word.partition(":")
+        state = f"{kind}-{number}" if number.isdigit() else kind
         rival = _rival(word, pipe, neurons)
-        found.append(_way(state, rival.name, pipe, rival, f"{model_id} {_digest(neurons)} {word}", is_rival=True))
+        found.append(
+            _way(state, rival.name, pipe, rival, f"{model_id} {_digest(neurons)} {word}", is_rival=True)
+        )
     return found
 
 
@@ -119,10 +127,11 @@ def _rival(word: str, pipe: Pipeline, neurons: NeuronSet) -> Mitigation:
     kind, _, number = word.partition(":")
     if kind == "tokens" and number.isdigit() and int(number) > 0:
         return mitigations.random_tokens(pipe, num_tokens=int(number))
+    if kind == "padding":
+        return mitigations.swapped_padding(pipe, token=number or "!")
     makers: dict[str, Callable[[], Mitigation]] = {
         "placebo": lambda: mitigations.placebo(pipe, neurons),
         "first-layer": lambda: mitigations.first_value_layer(pipe),
-        "padding": lambda: mitigations.swapped_padding(pipe),
         "adjusted": lambda: mitigations.adjusted_embedding(pipe),
     }
     if word not in makers:
