@@ -197,6 +197,20 @@ def test_copies_are_exactly_those_from_the_threshold_on(run: Path, audit: Pictur
     assert grid.training is not None and grid.training.uri and not grid.training.is_copy
 
 
+def test_columns_are_named_by_the_settings_seeds_and_references_by_what_they_are(
+    run: Path, audit: PictureAudit
+) -> None:
+    value = plain(audit)
+    value["prompts"][-1]["picture"] = value["prompts"][0]["picture"]
+    found = the_gallery(PictureAudit.model_validate(value), run)
+    assert found.groups[0].grids[0].seeds == ("100", "101", "102")
+    assert found.groups[0].grids[0].strips[0].tiles[1].words.startswith("Before, seed 101, similarity 0.")
+    assert found.groups[0].grids[0].reference == "Training picture"
+    assert found.groups[-1].grids[-1].reference == "Reference picture, never trained on"
+    value["settings"] = {"seeds": [7]}
+    assert the_gallery(PictureAudit.model_validate(value), run).groups[0].grids[0].seeds == ("1", "2", "3")
+
+
 def test_without_a_threshold_nothing_is_marked(run: Path, audit: PictureAudit) -> None:
     found = the_gallery(audit.model_copy(update={"copy_thresholds": {}}), run)
     assert not found.has_threshold and not any(tile.is_copy for tile in tiles(found))
