@@ -197,6 +197,20 @@ def test_copies_are_exactly_those_from_the_threshold_on(run: Path, audit: Pictur
     assert grid.training is not None and grid.training.uri and not grid.training.is_copy
 
 
+def test_columns_are_named_by_the_settings_seeds_and_references_by_what_they_are(
+    run: Path, audit: PictureAudit
+) -> None:
+    value = plain(audit)
+    value["prompts"][-1]["picture"] = value["prompts"][0]["picture"]
+    found = the_gallery(PictureAudit.model_validate(value), run)
+    assert found.groups[0].grids[0].seeds == ("100", "101", "102")
+    assert found.groups[0].grids[0].strips[0].tiles[1].words.startswith("Before, seed 101, similarity 0.")
+    assert found.groups[0].grids[0].reference == "Training picture"
+    assert found.groups[-1].grids[-1].reference == "Reference picture, never trained on"
+    value["settings"] = {"seeds": [7]}
+    assert the_gallery(PictureAudit.model_validate(value), run).groups[0].grids[0].seeds == ("1", "2", "3")
+
+
 def test_without_a_threshold_nothing_is_marked(run: Path, audit: PictureAudit) -> None:
     found = the_gallery(audit.model_copy(update={"copy_thresholds": {}}), run)
     assert not found.has_threshold and not any(tile.is_copy for tile in tiles(found))
@@ -232,11 +246,11 @@ def test_what_cannot_be_shown_is_a_named_placeholder(audit: PictureAudit, tmp_pa
     value = {**plain(audit), "prompts": [one], "localized": []}
     found = tiles(the_gallery(PictureAudit.model_validate(value), folder))
     assert not any(tile.uri for tile in found)
-    reasons = ["missing", "cut off", "not a PNG", "side of 0", "missing", "missing", "missing", "not made"]
-    for tile, reason in zip(found, [*reasons, "missing"], strict=True):
+    reasons = ["not in", "cut off", "not a PNG", "side of 0", "not in", "not in", "not in", "not made"]
+    for tile, reason in zip(found, [*reasons, "not in"], strict=True):
         assert reason in tile.missing
     page = parsed(render([written(folder, value)]))
-    assert "gone.png is missing or not in the run folder" in page.text and "img" not in page.tags
+    assert "not in the run folder: gone.png" in page.text and "img" not in page.tags
 
 
 def test_seeds_give_way_first_then_prompts_then_groups(run: Path, audit: PictureAudit) -> None:

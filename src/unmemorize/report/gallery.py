@@ -52,13 +52,19 @@ class Strip:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """One prompt. `training` is None where no training picture is known; `num_seeds` is the width of the grid."""
+    """One prompt. `training` is None where no training picture is known; `seeds` are the headings of the columns."""
 
     prompt: str
     note: str
+    reference: str
     training: Tile | None
     strips: tuple[Strip, ...]
-    num_seeds: int
+    seeds: tuple[str, ...]
+
+    @property
+    def num_seeds(self) -> int:
+        """Width of the grid."""
+        return len(self.seeds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +83,16 @@ class Gallery:
     groups: tuple[GridGroup, ...]
     has_threshold: bool
     left_out: str
+
+
+class View(NamedTuple):
+    """What every grid is made with."""
+
+    audit: PictureAudit
+    folder: Path
+    seeds: tuple[str, ...]
+    notes: Mapping[str, str]
+    result_state: str
 
 
 class Extent(NamedTuple):
@@ -108,14 +124,13 @@ def gallery(
     if not groups:
         return None
     extent = _fitting(groups, folder, budget_bytes)
+    seeds = tuple(_seed_names(audit, _num_seeds(groups))[: extent.num_seeds])
+    view = View(audit, folder, seeds, notes, result_state)
     shown = [
         GridGroup(
             group=name,
             title=GROUPS[name],
-            grids=tuple(
-                _grid(one, audit, folder, extent.num_seeds, notes, result_state)
-                for one in prompts[: extent.num_prompts]
-            ),
+            grids=tuple(_grid(one, view) for one in prompts[: extent.num_prompts]),
         )
         for name, prompts in list(groups.items())[: extent.num_groups]
     ]
@@ -186,59 +201,47 @@ def _left_out(groups: Mapping[str, Sequence[PicturePrompt]], extent: Extent, bud
     return f"Shown are {', '.join(parts)}, {limit}." if parts else ""
 
 
-def _grid(
-    one: PicturePrompt,
-    audit: PictureAudit,
-    folder: Path,
-    num_seeds: int,
-    notes: Mapping[str, str],
-    result_state: str,
-) -> Grid:
-    labels = {state.state: state.label for state in audit.states}
+def _seed_names(audit: PictureAudit, most_seeds: int) -> list[str]:
+    """Headings of the columns: the seeds that the settings name, else their numbers from 1."""
+    seeds = audit.settings.get("seeds")
+    if isinstance(seeds, list) and len(seeds) == most_seeds and all(isinstance(one, int) for one in seeds):
+        return [str(one) for one in seeds]
+    return [str(place + 1) for place in range(most_seeds)]
+
+
+def _grid(one: PicturePrompt, view: View) -> Grid:
+    labels = {state.state: state.label for state in view.audit.states}
     names = [name for name in labels if name in one.made] + [name for name in one.made if name not in labels]
-    threshold = copy_threshold(audit)
-    strips = [
-        _strip(one, name, labels.get(name, name), folder, num_seeds, threshold, name == result_state)
-        for name in names
-    ]
-    training = _tile(folder, one.picture, "training picture") if one.picture else None
+    strips = tuple(_strip(one, name, labels.get(name, name), view) for name in names)
+    width = max((len(strip.tiles) for strip in strips), default=1)
+    reference = "reference picture, never trained on" if one.group == "ordinary" else "training picture"
     return Grid(
         prompt=clip(one.prompt, 300),
-        note=notes.get(one.prompt, ""),
-        training=training,
-        strips=tuple(strips),
-        num_seeds=min(num_seeds, max((len(strip.tiles) for strip in strips), default=1)),
+        note=view.notes.get(one.prompt, ""),
+        reference=reference.capitalize(),
+        training=_tile(view.folder, one.picture, reference) if one.picture else None,
+        strips=strips,
+        seeds=view.seeds[:width],
     )
 
 
-def _strip(
-    one: PicturePrompt,
-    name: str,
-    label: str,
-    folder: Path,
-    num_seeds: int,
-    threshold: float | None,
-    is_result: bool,
-) -> Strip:
-    paths, values = one.made[name], one.copy_similarity.get(name, [])
+def _strip(one: PicturePrompt, name: str, label: str, view: View) -> Strip:
+    values, threshold = one.copy_similarity.get(name, []), copy_threshold(view.audit)
     tiles = []
-    for seed, path in enumerate(paths[:num_seeds]):
-        value = values[seed] if seed < len(values) and math.isfinite(values[seed]) else None
+    for place, (seed, path) in enumerate(zip(view.seeds, one.made[name], strict=False)):
+        value = values[place] if place < len(values) and math.isfinite(values[place]) else None
         is_copy = threshold is not None and value is not None and value >= threshold
         similarity = "" if value is None else number_text(value, "similarity")
-        words = f"{label}, seed {seed + 1}"
-        words += f", similarity to the training picture {similarity}" if similarity else ""
+        words = f"{clip(label, 60)}, seed {seed}"
+        words += f", similarity {similarity}" if similarity else ""
         words += ", a copy" if is_copy else ""
-        tiles.append(_tile(folder, path, words, similarity=similarity, is_copy=is_copy))
+        tiles.append(_tile(view.folder, path, words, similarity=similarity, is_copy=is_copy))
     num_copies = sum(threshold is not None and value >= threshold for value in values)
-    hint = ""
-    if values and threshold is not None:
-        hint = f"{num_copies} of {len(values)} copied"
     return Strip(
         label=clip(label, 60),
-        hint=hint,
+        hint=f"{num_copies} of {len(values)} copied" if values and threshold is not None else "",
         tiles=tuple(tiles),
-        is_result=is_result,
+        is_result=name == view.result_state,
         has_copies=num_copies > 0,
     )
 

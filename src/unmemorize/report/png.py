@@ -43,19 +43,19 @@ def read_png(folder: Path, path: str) -> tuple[bytes, str]:
     """The bytes of a picture, or none and the reason why it cannot be shown. `folder` is a resolved path."""
     if not path:
         return b"", "not made"
-    found = _inside(folder, path)
+    found, name = _inside(folder, path), clip(path, 80)
     if found is None:
-        return b"", f"{clip(path, 80)} is missing or not in the run folder"
+        return b"", f"not in the run folder: {name}"
     try:
         data = found.read_bytes()
     except OSError as error:
-        return b"", f"{clip(path, 80)}: {error.strerror or 'cannot be read'}"
+        return b"", f"{error.strerror or 'cannot be read'}: {name}"
     if not data.startswith(_SIGNATURE) or data[12:16] != b"IHDR" or len(data) < 45:
-        return b"", f"{clip(path, 80)} is not a PNG picture"
+        return b"", f"not a PNG picture: {name}"
     if b"IEND" not in data[-64:]:
-        return b"", f"{clip(path, 80)} is cut off"
+        return b"", f"cut off: {name}"
     if not 0 < min(size_px(data)) <= max(size_px(data)) <= MAX_SIDE_PX:
-        return b"", f"{clip(path, 80)} has a side of 0 or more than {MAX_SIDE_PX} pixels"
+        return b"", f"a side of 0 or over {MAX_SIDE_PX} pixels: {name}"
     return data, ""
 
 

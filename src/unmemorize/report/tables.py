@@ -53,7 +53,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
         name = f"{prefix}{key}"
         if isinstance(item, Mapping):
             pairs += flatten(item, f"{name}.")
-        elif item is not None and item != "":
+        elif item not in (None, "", []):
             pairs.append((name, _plain(item)))
     return pairs
 
