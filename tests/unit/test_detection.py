@@ -10,6 +10,7 @@ import pytest
 from tests.reference import pictures as reference
 from unmemorize.audit.detection import area_under_curve, detection, recall_precision, true_positive_rate
 from unmemorize.audit.localized import localized_prompts, site_neurons
+from unmemorize.audit.statistics import percentile_measure
 from unmemorize.errors import DataError
 from unmemorize.localize.results import Cost, PromptResult
 from unmemorize.neurons import NeuronSet, Site
@@ -44,6 +45,22 @@ def test_a_perfect_and_a_useless_score() -> None:
     assert useless.auc.ci95 is not None and useless.auc.ci95[0] < 0.5 < useless.auc.ci95[1]
     assert useless.tpr_at_fpr.value == pytest.approx(0.01)
     assert detection([5.0] * 12, [5.0] * 100, num_resamples=100).tpr_at_fpr.value == 0
+
+
+def test_intervals_are_percentiles_of_the_figures_of_resampled_prompts() -> None:
+    generator = np.random.default_rng(0)
+    memorized, ordinary = generator.normal(1.5, 1, 30), generator.normal(0, 1, 110)
+    found = detection(memorized, ordinary, seed=5, num_resamples=100)
+    draws = np.random.default_rng(5)
+    picks = draws.integers(0, 30, size=(100, 30)), draws.integers(0, 110, size=(100, 110))
+    pairs = [(list(memorized[a]), list(ordinary[b])) for a, b in zip(*picks, strict=True)]
+    for measure, values in (
+        (found.auc, [reference.area_under_curve(high, low) for high, low in pairs]),
+        (found.tpr_at_fpr, [reference.true_positive_rate(high, low, 0.01) for high, low in pairs]),
+    ):
+        expected = percentile_measure(0.0, values, 30)
+        assert measure.ci95 == pytest.approx(expected.ci95, abs=1e-12)
+        assert measure.ci95 is not None and measure.ci95[0] < measure.ci95[1]
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:

@@ -25,11 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from unmemorize.audit.pictures import Picture, PromptCase, write_picture
 from unmemorize.audit.ways import PictureAuditSettings, Way
 from unmemorize.errors import ConfigError, DataError, ModelNotSupported, RunFolderError
 from unmemorize.files import append_json_line, read_json, read_json_lines, write_json
+from unmemorize.models.base import fingerprint_of
 from unmemorize.models.denoising import Pipeline
 from unmemorize.records import Progress, ProgressCallback
 
@@ -246,12 +248,25 @@ def _identity(way: Way, cases: Sequence[PromptCase], settings: PictureAuditSetti
         "identity": way.identity,
         "num_neurons": way.num_neurons,
         "pipeline": type(way.pipe).__name__,
+        "weights": _weights(way.pipe),
         "scheduler": [type(scheduler).__name__, json.loads(json.dumps(options, default=str))],
         "seeds": list(settings.seeds),
         "num_steps": settings.num_steps,
         "guidance": settings.guidance,
         "size_px": settings.size_px,
         "prompts": [case.prompt for case in cases],
+    }
+
+
+def _weights(pipe: Pipeline) -> dict[str, str]:
+    """Digest the weights of each part of a pipeline, outside its state; parts that are offloaded have none to read."""
+    parts = {
+        name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)
+    }
+    return {
+        name: "offloaded" if any(p.is_meta for p in part.parameters()) else fingerprint_of("-", part)
+        for name, part in sorted(parts.items())
+        if name != "safety_checker"
     }
 
 

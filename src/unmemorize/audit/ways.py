@@ -78,8 +78,8 @@ class Way:
         description: one line for reports.
         is_rival: whether it is something to compare with (a placebo, a twin), not the result itself.
         num_neurons: neurons that are off in it.
-        identity: what tells it from another way of the same name (fingerprint of the model, digest of the neurons):
-            pictures made under another identity are not reused.
+        identity: what tells it from another way of the same name with the same weights, such as a digest of the neurons
+            that are off: pictures made under another identity, or with other weights, are not reused.
         context: makes the `with` block in which the pipeline is in this state.
         arguments: (prompt, seeds of the batch) -> arguments of the pipeline's call that replace the usual ones, such
             as another `prompt`, or `prompt_embeds` with one row.
