@@ -3,7 +3,7 @@
     python benchmarks/token_positions.py FOLDER [--search]
 
 FOLDER holds `pipeline/`, `prompts.json` and `captions.txt`. For every kind of position, statistics are collected over
-the captions and every neuron is ranked by absolute z-score (1: the most unusual of all; -: it does not vary). `--search`
+the captions and every neuron is ranked by absolute z-score (1: the most unusual; -: it does not vary). `--search`
 also runs the fast search on each memorized prompt and counts its sample-forwards; without it no denoiser pass is made.
 """
 
