@@ -17,7 +17,8 @@
       MissingExtra            an optional library is not installed
 
 A message says what happened, what was expected, and what to do next. The command line prints it as
-one line and exits with 2; everything that is not an `UnmemorizeError` is a defect of ours.
+one line and exits with 2; everything that is not an `UnmemorizeError` is a defect of ours. `UnmemorizeWarning` is for
+what stops nothing.
 """
 
 from __future__ import annotations

@@ -153,6 +153,7 @@ def test_positions_split_the_prompt() -> None:
     assert torch.equal(sum(part.int() for part in kinds.values()), torch.ones(5, 77, dtype=torch.int32))
     assert kinds["start"][:, 0].all()
     assert kinds["end"].sum() == 5
+    assert torch.equal(token_positions(pipe, CAPTIONS, "tail"), kinds["end"] | kinds["padding"])
     sites = find_sites(pipe)
     whole = activations_of(pipe, CAPTIONS[:1], sites)[0][0]
     parts = sum(
