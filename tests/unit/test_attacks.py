@@ -101,6 +101,13 @@ def test_bad_input_is_refused() -> None:
     pipe = tiny_pipeline("sd1")
     with pytest.raises(ShapeMismatch, match="expected \\(N, 3, height, width\\)"):
         retrieve(pipe, torch.rand((1, 64, 64)), start=None)
+    with pytest.raises(ShapeMismatch, match="expected a square one"):
+        retrieve(pipe, torch.rand((3, 64, 32)), start=None)
+    overflowing = tiny_pipeline("sd1")
+    with torch.no_grad():
+        overflowing.vae.quant_conv.bias.fill_(torch.inf)
+    with pytest.raises(ModelNotSupported, match="overflows in float32"):
+        latents_of(overflowing, picture()[None])
     with pytest.raises(ConfigError, match="above 0"):
         AttackSettings(num_steps=0)
     with pytest.raises(ModelNotSupported, match="does not take CLIP embeddings"):

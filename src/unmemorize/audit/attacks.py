@@ -106,7 +106,7 @@ def retrieve(
 
     Args:
         pipe: a Stable Diffusion 1, 2 or XL pipeline, after removal; it is not changed.
-        picture: the picture, shape (3, H, W), from 0 to 1; its size is the size that is attacked.
+        picture: the picture, shape (3, S, S), from 0 to 1; S is the size in pixels that is attacked.
         start: the prompt that the embedding starts from (the memorized one, or another); None starts from a Gaussian.
         settings: the budget.
 
@@ -119,6 +119,10 @@ def retrieve(
     settings = settings or AttackSettings()
     started = time.monotonic()
     require_embeddings(pipe)
+    if picture.dim() != 3 or picture.shape[1] != picture.shape[2]:
+        raise ShapeMismatch(
+            f"a picture of shape {tuple(picture.shape)}; expected a square one, (3, size, size)"
+        )
     latent = latents_of(pipe, picture[None])
     call = record(pipe, start or "", num_steps=1, size_px=int(picture.shape[-1]))
     original = embedded(pipe, tokens_of(pipe, start or ""))
@@ -159,7 +163,7 @@ def latents_of(pipe: Pipeline, pictures: Tensor) -> Tensor:
         Latents, shape (N, C, h, w), in the denoiser's dtype.
 
     Raises:
-        ModelNotSupported: if the autoencoder is of another kind.
+        ModelNotSupported: if the autoencoder is of another kind, or overflows in its dtype.
         ShapeMismatch: if the pictures have another shape.
     """
     if pictures.dim() != 4 or pictures.shape[1] != 3:
@@ -177,6 +181,10 @@ def latents_of(pipe: Pipeline, pictures: Tensor) -> Tensor:
     latents: Tensor = output.latents if kind == "AutoencoderTiny" else output.latent_dist.mode()
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     dtype = getattr(pipe, "unet", vae).dtype
+    if not bool(latents.isfinite().all()):
+        raise ModelNotSupported(
+            f"the autoencoder overflows in {str(vae.dtype).split('.')[-1]}; load it in float32 (pipe.vae.float())"
+        )
     scale = float(vae.config.scaling_factor)
     return ((latents - shift) * scale).to(dtype)
 
