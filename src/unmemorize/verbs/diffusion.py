@@ -260,7 +260,7 @@ def audit(
         ways,
         settings,
         out,
-        measures=_measures(options.sscd, str(pipe.device)),
+        measures=measures_of(options.sscd, str(pipe.device)),
         alignment=None if options.clip is None else ClipAlignment.load(options.clip, device=str(pipe.device)),
         localized=[*localized_prompts(found.results, groups), *_gate_rows(out)],
         sites=site_neurons(found.sites or find_sites(pipe), neurons, found.results),
@@ -300,7 +300,7 @@ def _gate_rows(out: Path) -> list[LocalizedPrompt]:
     ]
 
 
-def _measures(files: Sequence[Path], device: str) -> list[SimilarityMeasure]:
+def measures_of(files: Sequence[Path], device: str) -> list[SimilarityMeasure]:
     """Return SSCD for every model file, its variant told by the file's name, then the measure that needs no file."""
     from unmemorize.audit.similarity import sscd, structure
 

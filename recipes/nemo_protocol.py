@@ -1,0 +1,172 @@
+"""The published protocol of NeMo on one pipeline, in one command that continues where it stopped.
+
+    python recipes/nemo_protocol.py MODEL --memorized memorized.csv --ordinary unmemorized.csv --out RUN \
+        --statistics sd14_activation_statistics.npz --sscd sscd_disc_mixup.torchscript.pt --clip CLIP
+
+Localizes every memorized prompt, scores ordinary prompts at the gate, makes pictures in all states (10 seeds that
+localization has not seen, 50 steps, guidance 7), folds the neurons into a plain folder, audits that too, and writes
+`protocol.md`: for each kind of prompt (column `type`: VM, TM) and state the median and the median absolute deviation
+over prompts, as the paper reports them, beside what `audit.json` holds. `--limit` tries it on a few prompts first.
+
+Tables need a prompt column (`caption`), and may have `type`, `mean_sscd` and `picture`. Without training pictures the
+column SSCD_orig stays empty. Source: Hintersdorf et al. 2024, sections 4 and appendix; kinds and states as there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmemorize.audit.detection import detection
+from unmemorize.audit.picture_figures import PictureSimilarities, similarities_of_state
+from unmemorize.audit.pictures import read_picture
+from unmemorize.audit.similarity import SimilarityMeasure
+from unmemorize.cli import ProgressPrinter
+from unmemorize.corpus.prompts import Prompt, read_prompts
+from unmemorize.files import write_atomic
+from unmemorize.records import PictureAudit, load_any_audit
+from unmemorize.verbs import diffusion
+
+RIVALS = "placebo first-layer padding tokens:1 tokens:4 tokens:10 adjusted"
+
+
+def main(words: list[str] | None = None) -> Path:
+    """Run every stage that is not done yet; returns where `protocol.md` is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--memorized", type=Path, required=True, help="table of memorized prompts")
+    parser.add_argument(
+        "--ordinary", type=Path, required=True, help="table of prompts that are not memorized"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--statistics", type=Path, help="released activation statistics; else from --ordinary"
+    )
+    parser.add_argument("--method", default="fast", choices=["fast", "compat", "paper"])
+    parser.add_argument(
+        "--calibrate", type=int, default=0, help="ordinary prompts for the threshold; 0: 0.428"
+    )
+    parser.add_argument("--sscd", type=Path, action="append", default=[])
+    parser.add_argument("--clip")
+    parser.add_argument("--limit", type=int, help="first prompts of either kind")
+    parser.add_argument("--rivals", default=RIVALS)
+    parser.add_argument("--num-seeds", type=int, default=10)
+    parser.add_argument("--num-steps", type=int, default=50)
+    parser.add_argument("--size-px", type=int)
+    parser.add_argument("--device", default="auto")
+    chosen = parser.parse_args(words)
+    progress = ProgressPrinter(sys.stderr)
+    loading = diffusion.Loading(device=chosen.device)
+    examples, prompts = _examples(chosen)
+    found = diffusion.NemoOptions(
+        mode=chosen.method, statistics=chosen.statistics, num_calibration=chosen.calibrate
+    )
+    diffusion.localize(progress, chosen.model, examples, chosen.out, _apart(chosen, prompts), found, loading)
+    neurons, plain = chosen.out / "neurons.json", chosen.out / "plain"
+    if not plain.exists():
+        diffusion.remove(progress, chosen.model, plain, neurons, "fold", False, None, None, None)
+    options = diffusion.PictureOptions(
+        rivals=chosen.rivals,
+        mended=plain,
+        sscd=tuple(chosen.sscd),
+        clip=chosen.clip,
+        num_seeds=chosen.num_seeds,
+        num_steps=chosen.num_steps,
+        size_px=chosen.size_px,
+    )
+    diffusion.audit(progress, chosen.model, examples, chosen.out, None, options, loading)
+    audit = load_any_audit(chosen.out / "audit.json")
+    assert isinstance(audit, PictureAudit)
+    measures = diffusion.measures_of(options.sscd, "cpu")
+    text = "\n\n".join([_detection(audit), *(_table(audit, prompts, chosen.out, m) for m in measures)])
+    print(text)
+    return write_atomic(chosen.out / "protocol.md", text + "\n")
+
+
+def _examples(chosen: Any) -> tuple[Path, dict[str, Prompt]]:
+    """Put both tables into one with groups, so that the run folder says what it was made from."""
+    targets = read_prompts(chosen.memorized, limit=chosen.limit)
+    ordinary = read_prompts(chosen.ordinary, group="ordinary", limit=chosen.limit)
+    path = chosen.out / "prompts.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("prompt", "group", "type", "picture"))
+        for prompt in (*targets, *ordinary):
+            pictures = "|".join(str(picture.resolve()) for picture in prompt.pictures)
+            writer.writerow((prompt.text, prompt.group, prompt.kind, pictures))
+    return path, {prompt.text: prompt for prompt in (*targets, *ordinary)}
+
+
+def _apart(chosen: Any, prompts: dict[str, Prompt]) -> Path | None:
+    """Return ordinary prompts for statistics and threshold, unless the published ones serve."""
+    is_published = chosen.statistics is not None and chosen.calibrate == 0
+    return None if is_published else Path(chosen.ordinary)
+
+
+def _detection(audit: PictureAudit) -> str:
+    """Say how well the gate's score tells memorized from ordinary prompts."""
+    scores = {
+        group: [row.best_pair for row in audit.localized if row.group == group]
+        for group in ("target", "ordinary")
+    }
+    quality = detection(scores["target"], scores["ordinary"])
+    passed = sum(row.is_memorized for row in audit.localized if row.group == "ordinary")
+    lines = [f"Gate {audit.gate_threshold}: {passed} of {len(scores['ordinary'])} ordinary prompts pass."]
+    for name, figure in (("AUC", quality.auc), ("TPR at 1 % FPR", quality.tpr_at_fpr)):
+        lines.append(f"{name}: {figure.refused or f'{figure.value:.4f}, 95 % {figure.ci95}'}")
+    return "  \n".join(lines)
+
+
+def _table(audit: PictureAudit, prompts: dict[str, Prompt], out: Path, measure: SimilarityMeasure) -> str:
+    """Lay out medians and median absolute deviations over prompts, by kind and state."""
+    kinds = [prompts[row.prompt].kind or row.group for row in audit.prompts]
+    references = [
+        np.stack([measure.embed([read_picture(path)])[0].numpy() for path in prompts[row.prompt].pictures])
+        if prompts[row.prompt].pictures
+        else np.zeros((0, 0), dtype=np.float32)
+        for row in audit.prompts
+    ]
+    lines = [f"{measure.name}, median ± median absolute deviation over prompts\n"]
+    lines += ["| kind | state | SSCD_orig | SSCD_gen | D_SSCD |", "| --- | --- | --- | --- | --- |"]
+    before = None
+    for state in audit.states:
+        vectors = np.stack(
+            [
+                measure.embed([read_picture(out / path) for path in row.made[state.state]]).numpy()
+                for row in audit.prompts
+            ]
+        )
+        found = similarities_of_state(vectors, references, before)
+        before = vectors if before is None else before
+        for kind in dict.fromkeys(kinds):
+            rows = [number for number, own in enumerate(kinds) if own == kind]
+            lines.append(f"| {kind} | {state.label} | {' | '.join(_cells(found, rows))} |")
+    return "\n".join(lines)
+
+
+def _cells(found: PictureSimilarities, rows: list[int]) -> list[str]:
+    original = [float(np.median(found.copy_NS[number])) for number in rows]
+    generated = (
+        [1.0] * len(rows) if found.kept_NS is None else [float(np.median(found.kept_NS[n])) for n in rows]
+    )
+    return [_spread(values) for values in (original, generated, [float(found.between_N[n]) for n in rows])]
+
+
+def _spread(values: list[float]) -> str:
+    known = np.array([value for value in values if np.isfinite(value)])
+    if not len(known):
+        return ""
+    middle = np.median(known)
+    return f"{middle:.2f} ± {np.median(np.abs(known - middle)):.2f}"
+
+
+if __name__ == "__main__":
+    main()
