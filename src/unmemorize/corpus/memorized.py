@@ -99,9 +99,7 @@ def cut_examples(
                 "drop it or shorten prefix and suffix"
             )
         row = tuple(int(token) for token in sequence[:total])
-        examples.append(
-            MemorizedExample(prefix=row[:prefix_tokens], suffix=row[prefix_tokens:], name=name)
-        )
+        examples.append(MemorizedExample(prefix=row[:prefix_tokens], suffix=row[prefix_tokens:], name=name))
     return tuple(examples)
 
 
@@ -155,7 +153,12 @@ def read_memorized(
 
 
 def _example(
-    row: dict[str, Any], place: str, prefix_tokens: int, suffix_tokens: int, encode: Encode | None, number: int
+    row: dict[str, Any],
+    place: str,
+    prefix_tokens: int,
+    suffix_tokens: int,
+    encode: Encode | None,
+    number: int,
 ) -> MemorizedExample:
     name, source = str(row.get("name", number)), str(row.get("source", ""))
     if "tokens" in row and "prefix" not in row:
@@ -165,8 +168,8 @@ def _example(
     missing = [key for key in ("prefix", "suffix") if key not in row]
     if missing:
         raise DataError(
-            f"{place} has no {missing[0]!r} (it has {', '.join(map(str, row)) or 'nothing'}); expected prefix and suffix, "
-            "or tokens"
+            f"{place} has no {missing[0]!r} (it has {', '.join(map(str, row)) or 'nothing'}); expected prefix and "
+            "suffix, or tokens"
         )
     prefix, suffix = (_ids(row[key], place, key, encode) for key in ("prefix", "suffix"))
     return MemorizedExample(prefix=prefix, suffix=suffix, name=name, source=source)

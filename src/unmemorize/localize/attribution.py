@@ -7,13 +7,14 @@ vector that it writes, L: mean negative log-likelihood of the suffix, P(s): prob
     gradient               - dL/dg at g = 1 = - sum over t of a_t dL/da_t    (first-order form of zero-out)
     integrated gradients   mean over t of a_t / m times the sum over m points alpha of dP(s_t)/da at alpha a_t
     zero-out               L with the neuron off, minus L
-    slimming               min over m of L(clip(m)) + penalty times sum |m|
-    hard concrete          min over logits of E[L(z)] + penalty times sum P(z > 0), z a stretched, clipped concrete variable
+    slimming               min over m of L(clip(m)) + price times sum |m|
+    hard concrete          min over logits of E[L(z)] + price times sum P(z > 0), z a stretched, clipped concrete
+                           variable
 
 Because d/dg = a d/da, gradients by the gates give every product of gradient and activation in one backward pass.
 
-Source: Chang, Thomason and Jia 2024 (activations, integrated gradients, zero-out, slimming, hard concrete as localizers);
-Sundararajan et al. 2017; Liu et al. 2017; Louizos et al. 2018. The gradient by the gate is ours.
+Source: Chang, Thomason and Jia 2024 (activations, integrated gradients, zero-out, slimming, hard concrete as
+localizers); Sundararajan et al. 2017; Liu et al. 2017; Louizos et al. 2018. The gradient by the gate is ours.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ The price is in nats per neuron. The papers' lambda multiplies a mean over neuro
 of neurons: 1,000 over the 36,864 neurons of GPT-2 is a price of 0.027. A price means the same in models of any size.
 
 Adam takes steps of nearly equal size, so the sign of (gradient of the loss + price) decides which neurons close: a
-neuron whose removal costs less than the price closes. The learning rate decides how far the rest is from closing when the
-mask is nearly closed. Both methods depend on their settings; hard concrete on its seed too.
+neuron whose removal costs less than the price closes. The learning rate decides how far the rest is from closing when
+the mask is nearly closed. Both methods depend on their settings; hard concrete on its seed too.
 
 Source: Liu et al. 2017; Louizos et al. 2018; as localizers: Chang, Thomason and Jia 2024. The price per neuron and
 several draws a step are ours.
@@ -61,8 +61,8 @@ class MaskSettings:
         """Check ranges."""
         if not (self.price_nats > 0 and self.learning_rate > 0 and self.sharpness > 0):
             raise ConfigError(
-                f"price {self.price_nats}, learning rate {self.learning_rate} and sharpness {self.sharpness} of a mask; "
-                "expected numbers above 0"
+                f"price {self.price_nats}, learning rate {self.learning_rate} and sharpness {self.sharpness} of a "
+                "mask; expected numbers above 0"
             )
         if self.max_steps < 1 or self.num_draws < 1 or not 0 <= self.open_frac < 1:
             raise ConfigError(
@@ -70,7 +70,9 @@ class MaskSettings:
                 "1 or more of each, and a fraction from 0 to 1"
             )
         if not 0 < self.initial_open_frac < 1:
-            raise ConfigError(f"gates start open by {self.initial_open_frac}, expected a fraction from 0 to 1")
+            raise ConfigError(
+                f"gates start open by {self.initial_open_frac}, expected a fraction from 0 to 1"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +164,12 @@ def _learned(
                 drawn = _drawn(batch, settings.num_draws)
                 with gated(model, dict(zip(sites, gates(len(drawn.tokens_BT)), strict=True))):
                     part = suffix_losses(model, drawn).sum() / (len(examples) * settings.num_draws)
-                (part * scale).backward()  # type: ignore[no-untyped-call]
+                (part * scale).backward()
                 loss += float(part.detach())
             for parameter in parameters:
                 assert parameter.grad is not None
                 parameter.grad /= scale
-            (settings.price_nats * price()).backward()  # type: ignore[no-untyped-call]
+            (settings.price_nats * price()).backward()
             optimizer.step()
             open_frac = float(state().mean())
             if progress is not None:

@@ -79,7 +79,9 @@ class NeuronScores:
                 "number a neuron"
             )
         if any(bool(values.isnan().any()) for values in self.values):
-            raise ConfigError(f"scores by {self.method} are not numbers; run the model in float32 or bfloat16")
+            raise ConfigError(
+                f"scores by {self.method} are not numbers; run the model in float32 or bfloat16"
+            )
         values = tuple(values.detach().float().cpu() for values in self.values)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "details", MappingProxyType(dict(self.details)))

@@ -77,7 +77,7 @@ def suffix_log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def suffix_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Run the model once and return each example's mean negative log-likelihood, shape (B,), float32, nats per token."""
+    """Run the model once and return each example's mean loss, shape (B,), float32, nats per suffix token."""
     return -row_means(suffix_log_probabilities(model, batch), batch)
 
 

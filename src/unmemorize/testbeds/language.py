@@ -1,13 +1,13 @@
 """INJ: a language model that has learned one text in neurons that we chose, and how well localizers find them.
 
 A few neurons are drawn at random over all layers. The vectors that they write (their columns of the MLP's last
-projection) are trained on one text until the model recites it; nothing else moves, by one bit. Where the memory sits is then
-known, up to one thing: the optimizer may have made little use of some of the neurons it was given.
+projection) are trained on one text until the model recites it; nothing else moves, by one bit. Where the memory sits
+is then known, up to one thing: the optimizer may have made little use of some of the neurons it was given.
 
     recall at k % = |drawn neurons among the k % of highest score of each layer| / |drawn neurons|
 
-Random scores reach k % on average. The loss is that of the suffix alone, so a short prefix gives the published setting, in
-which a whole definition is learned.
+Random scores reach k % on average. The loss is that of the suffix alone, so a short prefix gives the published setting,
+in which a whole definition is learned.
 
 Source: Chang, Thomason and Jia 2024 (INJ): one text per example with the example's number as seed, Adam, learning rate
 0.01 at 1 % and 0.05 at 0.1 %, until the loss is below 0.05, at most 200 updates.
@@ -20,7 +20,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from unmemorize.errors import ConfigError, DataError, ModelNotSupported
 from unmemorize.gates import is_plain_linear, is_transposed, module_at
 from unmemorize.localize.neuron_scores import NeuronScores
 from unmemorize.localize.suffix import device_of, frozen, make_batch, require_fitting, suffix_losses
-from unmemorize.models.language import MlpRow, find_mlps, signature
+from unmemorize.models.language import ROWS, MlpRow, find_mlps, signature
 from unmemorize.neurons import NeuronSet, Site
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class InjectSettings:
     share_frac: float = 0.01
     learning_rate: float = 0.01
     loss_nats: float = 0.05
-    max_steps: int = 200
+    max_steps: int = 400
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,6 +85,61 @@ class Injected:
     is_learned: bool
 
 
+def random_base(
+    model_type: str = "llama",
+    *,
+    hidden_width: int = 64,
+    num_neurons: int = 2048,
+    num_layers: int = 2,
+    vocabulary: int = 64,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Build a small model of seeded random weights that a text can be injected into, in evaluation mode.
+
+    Library initializers make logits so small that no change of an MLP could make a model sure of a token; here they are
+    of order one. The norms of what neurons write are spread as in trained models (log-normal, sigma 0.7): with equal norms
+    the few columns that grow while they learn would be found by their norm alone, without looking at the text.
+
+    Args:
+        model_type: a key of the site table whose config takes the usual names.
+        hidden_width: width of the residual stream.
+        num_neurons: neurons of every layer's MLP.
+        num_layers: decoder layers.
+        vocabulary: tokens.
+        seed: seed of all weights; the global generator is left as it was.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            "vocab_size": vocabulary,
+            "hidden_size": hidden_width,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            ROWS[model_type].width_key: num_neurons,
+        },
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model: Any = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and (".layers." in name or ".h." in name):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        model.get_input_embeddings().weight.normal_(0, 1)
+        if not config.tie_word_embeddings:
+            model.get_output_embeddings().weight.normal_(0, 0.4)
+        for mlp in find_mlps(model):
+            columns = _column_view(model, mlp.site)
+            columns.mul_(torch.exp(0.7 * torch.randn(len(columns)))[:, None])
+    return cast("PreTrainedModel", model.train(False))
+
+
 def draw_neurons(
     model: PreTrainedModel, share_frac: float, seed: int, row: MlpRow | None = None
 ) -> NeuronSet:
@@ -109,7 +164,7 @@ def inject(
     Args:
         model: left untouched.
         example: the text; the loss counts its suffix.
-        settings: by default those of the published benchmark at 1 %.
+        settings: by default those of the published benchmark at 1 %, but for up to 400 updates instead of 200.
         row: site table row, for an architecture that the table does not know.
 
     Raises:
