@@ -3,9 +3,9 @@
     python benchmarks/inj.py [--types llama,gpt2] [--texts 10] [--first 0] [--share 0.01] [--methods a,b]
     python benchmarks/inj.py --model FOLDER --examples FILE.jsonl --tokenizer NAME
 
-By default small models of seeded random weights learn texts of random tokens (4 + 12). With --model, a model folder learns
-the first texts of a set of memorized sequences instead. Every text is injected into a fresh copy; neurons are drawn with
-the number of the text as seed. The last line times one gradient score on a model of 5 million parameters.
+By default small models of seeded random weights learn texts of random tokens (4 + 12). With --model, a model folder
+learns the first texts of a set of memorized sequences instead. Every text is injected into a fresh copy; neurons are
+drawn with the number of the text as seed. The last line times one gradient score on a model of 5 million parameters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Slow, literal versions of the localizers' formulas: loops over neurons, positions and points; one example at a time."""
+"""Slow, literal versions of the localizers' formulas: loops over neurons, positions and points, one example each."""
 
 from __future__ import annotations
 
@@ -70,10 +70,8 @@ def activation_scores(
         row = []
         for neuron in range(seen[layer].shape[1]):
             values = [float(seen[layer][len(prefix) - 1 + t, neuron]) for t in range(len(suffix))]
-            if is_signed:
-                mean = abs(sum(values) / len(values))
-            else:
-                mean = sum(abs(value) for value in values) / len(values)
+            total = abs(sum(values)) if is_signed else sum(abs(value) for value in values)
+            mean = total / len(values)
             row.append(mean * math.sqrt(float((written_vector(down, neuron) ** 2).sum())))
         scores.append(row)
     return scores

@@ -6,8 +6,8 @@ gated MLP. Every localizer gives each neuron a score (`NeuronScores`); `top` mak
 
 Methods, cheapest first: "random" and "magnitude" (controls), "activations", "outliers", "gradient", "slimming",
 "integrated-gradients-together", "hard-concrete", "integrated-gradients", "zero-out". docs/localize_language.md defines
-them and says where each one misleads. The formulas are in `attribution.py`, the passes in `gradients.py`, `masks.py` and
-`outliers.py`.
+them and says where each one misleads. The formulas are in `attribution.py`, the passes in `gradients.py`, `masks.py`
+and `outliers.py`.
 
 Source: Chang, Thomason and Jia 2024; "gradient" and "outliers" are ours (the latter after Hintersdorf et al. 2024).
 """

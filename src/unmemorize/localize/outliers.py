@@ -130,7 +130,7 @@ def outlier_scores(
 ) -> Scored:
     """Score neurons by absolute z-scores, averaged over the examples.
 
-    Where ordinary activations do not vary (a dead unit), the score is 0 for the ordinary value and infinite for another.
+    Where ordinary activations do not vary (a dead unit), the ordinary value scores 0 and any other infinity.
 
     Raises:
         NeuronSetMismatch: if the statistics belong to another model.

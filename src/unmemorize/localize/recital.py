@@ -1,8 +1,8 @@
 """NeMo for language models, second half: the few neurons without which a text is no longer recited.
 
 The search is the one used for pictures (`search.py`), with another effect: how much of a recital is left when neurons
-are off, 1 when nothing has changed. It takes any ranking: outliers, as in NeMo, or the scores of another localizer. With
-several examples it looks for one set that breaks them all.
+are off, 1 when nothing has changed. It takes any ranking: outliers, as in NeMo, or the scores of another localizer.
+With several examples it looks for one set that breaks them all.
 
 Source: Hintersdorf et al. 2024 (threshold search, refinement), for text-to-image models; both effects are ours.
 """

@@ -1,8 +1,8 @@
 """A neuron set of a language model in the words of other libraries. Plain data; none of them is needed here.
 
     plain PyTorch     {module path: hook}, for register_forward_pre_hook of that module
-    TransformerLens   {"blocks.3.mlp.hook_post": indices}: its hook sits on the input of the MLP's last projection, after
-                      gate and up are multiplied, which is our site
+    TransformerLens   {"blocks.3.mlp.hook_post": indices}: its hook sits on the input of the MLP's last projection,
+                      after gate and up are multiplied, which is our site
     nnsight           {"model.layers[3].mlp.down_proj": indices}: the input of that module is our site
 
 Indices mean the same neurons everywhere, because none of these libraries permutes the hidden neurons of an MLP.

@@ -97,8 +97,8 @@ def random_base(
     """Build a small model of seeded random weights that a text can be injected into, in evaluation mode.
 
     Library initializers make logits so small that no change of an MLP could make a model sure of a token; here they are
-    of order one. The norms of what neurons write are spread as in trained models (log-normal, sigma 0.7): with equal norms
-    the few columns that grow while they learn would be found by their norm alone, without looking at the text.
+    of order one. The norms of what neurons write are spread as in trained models (log-normal, sigma 0.7): with equal
+    norms the few columns that grow while they learn would be found by their norm alone, without looking at the text.
 
     Args:
         model_type: a key of the site table whose config takes the usual names.
