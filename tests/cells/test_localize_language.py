@@ -148,6 +148,29 @@ def test_zero_out_of_the_best_candidates_leaves_the_others_unexamined() -> None:
     assert part.cost.forward_equivalents == 2 + 8
 
 
+def test_excluded_layers_are_left_alone() -> None:
+    model, downs, one, pair = parts("llama")
+    mask = MaskSettings(price_nats=0.02, learning_rate=0.05, max_steps=12, open_frac=0.45)
+    settings = replace(FORCED, slimming=mask, num_points=3, exclude_layers=(0,))
+    slim = reference.slimming_scores(model, downs[1:], pair, price=0.02, rate=0.05, steps=12, open_frac=0.45)
+    found = localize(model, [one], "slimming", settings)
+    torch.testing.assert_close(found.values[1], slim[0], rtol=1e-3, atol=1e-3)
+    statistics = collect_statistics(model, tokens(4, 6).tolist())
+    for method in METHODS:
+        extra = {"statistics": statistics} if method == "outliers" else {}
+        few = replace(settings, num_candidates=5 if method == "zero-out" else None)
+        scores = localize(model, [one], method, few, **extra)
+        assert {layer for layer, _ in scores.ranked()} == {1}, method
+        if method in ("activations", "gradient", "outliers", "integrated-gradients"):
+            whole = localize(model, [one], method, replace(few, exclude_layers=()), **extra)
+            assert torch.allclose(whole.values[1], scores.values[1], rtol=1e-4, atol=1e-7)
+    for bad in ((2,), (0, 1)):
+        with pytest.raises(
+            ConfigError, match=r"exclude_layers is \(.*\); expected numbers from 0 to 1, and not all"
+        ):
+            localize(model, [one], "gradient", replace(FORCED, exclude_layers=bad))
+
+
 # Dtypes, modes, seeds
 
 

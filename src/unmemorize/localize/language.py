@@ -5,9 +5,8 @@ gated MLP. Every localizer gives each neuron a score (`NeuronScores`); `top` mak
 `recital.smallest_set` looks for the few neurons without which a text is no longer recited.
 
 Methods, cheapest first: "random" and "magnitude" (controls), "activations", "outliers", "gradient", "slimming",
-"integrated-gradients-together", "hard-concrete", "integrated-gradients", "zero-out". docs/localize_language.md defines
-them and says where each one misleads. The formulas are in `attribution.py`, the passes in `gradients.py`, `masks.py`
-and `outliers.py`.
+"integrated-gradients-together", "hard-concrete", "integrated-gradients", "zero-out". `methods.py` has them by name,
+docs/localize_language.md defines them and says where each one misleads.
 
 Source: Chang, Thomason and Jia 2024; "gradient" and "outliers" are ours (the latter after Hintersdorf et al. 2024).
 """
@@ -15,91 +14,25 @@ Source: Chang, Thomason and Jia 2024; "gradient" and "outliers" are ours (the la
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
-
-import torch
+from typing import TYPE_CHECKING
 
 from unmemorize.corpus.memorized import MemorizedExample
 from unmemorize.errors import ConfigError, DataError
-from unmemorize.localize.attribution import Reading
-from unmemorize.localize.gradients import (
-    Scored,
-    Tick,
-    activations,
-    gradient,
-    integrated_gradients,
-    output_norms,
-    zero_out,
-)
-from unmemorize.localize.masks import LearnedMask, MaskSettings, hard_concrete, slimming
+from unmemorize.localize.methods import METHODS, Job, LocalizeSettings, Method, score
 from unmemorize.localize.neuron_scores import NeuronScores, ScoringCost, load_scores
-from unmemorize.localize.outliers import outlier_scores
 from unmemorize.localize.results import start_folder
 from unmemorize.localize.scores import ActivationStatistics
 from unmemorize.localize.suffix import measured, require_fitting
 from unmemorize.models.language import MlpRow, find_mlps, fingerprint
-from unmemorize.neurons import Site
 from unmemorize.records import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Method = Literal[
-    "random",
-    "magnitude",
-    "activations",
-    "outliers",
-    "gradient",
-    "slimming",
-    "integrated-gradients-together",
-    "hard-concrete",
-    "integrated-gradients",
-    "zero-out",
-]
-METHODS: tuple[Method, ...] = get_args(Method)
-
-_CONTROLS = ("random", "magnitude")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalizeSettings:
-    """How neurons are scored.
-
-    Attributes:
-        batch_size: rows per pass: examples, points of a path, or neurons that are left out.
-        seed: seed of "random" and "hard-concrete".
-        reading: "activations": the paper's mean of |a| ("absolute") or the released code's |mean of a| ("signed").
-        num_points: integrated gradients: points from off to on.
-        num_candidates: "zero-out": neurons to try, the best by `candidate_method`; None tries all.
-        candidate_method: what chooses them.
-        slimming: how its mask is learned.
-        hard_concrete: how its mask is learned.
-        is_forced: whether to score examples none of which the model recites.
-    """
-
-    batch_size: int = 8
-    seed: int = 0
-    reading: Reading = "absolute"
-    num_points: int = 20
-    num_candidates: int | None = None
-    candidate_method: Method = "gradient"
-    slimming: MaskSettings = field(default_factory=lambda: MaskSettings(price_nats=0.001))
-    hard_concrete: MaskSettings = field(default_factory=lambda: MaskSettings(price_nats=0.03))
-    is_forced: bool = False
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.batch_size < 1 or (self.num_candidates is not None and self.num_candidates < 1):
-            raise ConfigError(
-                f"batch_size {self.batch_size} and num_candidates {self.num_candidates}; expected 1 or more"
-            )
-        if self.candidate_method not in METHODS or self.candidate_method in ("zero-out", "outliers"):
-            raise ConfigError(
-                f"candidate_method is {self.candidate_method!r}; expected another method, such as 'gradient'"
-            )
+__all__ = ["METHODS", "LocalizeSettings", "Method", "localize", "localize_each", "localize_into"]
 
 
 def localize(
@@ -215,17 +148,27 @@ def _localized(
     require_fitting(model, everything)
     is_recited = _require_recited(model, everything, settings)
     sites = tuple(mlp.site for mlp in find_mlps(model, row))
-    model_id = fingerprint(model, row)
+    job = Job(
+        model=model,
+        model_id=fingerprint(model, row),
+        sites=sites,
+        settings=settings,
+        statistics=statistics,
+        progress=progress,
+    )
+    unknown = sorted(set(settings.exclude_layers) - set(range(len(sites))))
+    if unknown or not job.searched:
+        raise ConfigError(
+            f"exclude_layers is {settings.exclude_layers}; expected numbers from 0 to {len(sites) - 1}, and not all"
+        )
 
     def results() -> Iterator[NeuronScores]:
         for number, group in enumerate(groups, start=1):
             started = time.monotonic()
-            values, cost, details = _scored(
-                model, model_id, sites, group, method, settings, statistics, progress
-            )
+            values, cost, details = score(job, group, method)
             recited = [is_recited[example.digest] for example in group]
             yield NeuronScores(
-                model_id=model_id,
+                model_id=job.model_id,
                 sites=sites,
                 values=values,
                 method=method,
@@ -251,69 +194,3 @@ def _require_recited(
             "suffix), so there is no memory to localize; pass memorized texts, a shorter suffix, or is_forced=True"
         )
     return {example.digest: share == 1 for example, share in zip(examples, shares, strict=True)}
-
-
-def _scored(
-    model: PreTrainedModel,
-    model_id: str,
-    sites: tuple[Site, ...],
-    examples: Sequence[MemorizedExample],
-    method: Method,
-    settings: LocalizeSettings,
-    statistics: ActivationStatistics | None,
-    progress: ProgressCallback | None,
-) -> tuple[tuple[torch.Tensor, ...], float, dict[str, Any]]:
-    """Return scores, forward-equivalents and figures of the run."""
-    size, tick = settings.batch_size, _tick(method, progress)
-    details: dict[str, Any] = {}
-    learned: LearnedMask | None = None
-    scored: Scored
-    if method in _CONTROLS:
-        scored = _control(model, sites, method, settings.seed), 0.0
-    elif method == "activations":
-        scored = activations(model, sites, examples, batch_size=size, reading=settings.reading, tick=tick)
-    elif method == "gradient":
-        scored = gradient(model, sites, examples, batch_size=size, tick=tick)
-    elif method == "outliers":
-        assert statistics is not None
-        scored = outlier_scores(model, model_id, examples, statistics, batch_size=size)
-    elif method in ("integrated-gradients", "integrated-gradients-together"):
-        is_together = method.endswith("together")
-        points = settings.num_points
-        scored = integrated_gradients(
-            model, sites, examples, batch_size=size, num_points=points, is_together=is_together, tick=tick
-        )
-    elif method == "zero-out":
-        candidates, cost = None, 0.0
-        if settings.num_candidates is not None:
-            how = settings.candidate_method
-            values, cost, _ = _scored(model, model_id, sites, examples, how, settings, None, progress)
-            cheap = NeuronScores(model_id=model_id, sites=sites, values=values, method=how)
-            candidates = cheap.ranked()[: settings.num_candidates]
-        values, own_cost = zero_out(model, sites, examples, batch_size=size, candidates=candidates, tick=tick)
-        scored = values, cost + own_cost
-    elif method == "slimming":
-        learned = slimming(model, sites, examples, settings.slimming, batch_size=size, progress=progress)
-    else:
-        choice, seed = settings.hard_concrete, settings.seed
-        learned = hard_concrete(model, sites, examples, choice, seed=seed, batch_size=size, progress=progress)
-    if learned is not None:
-        scored, details = (learned.values, learned.forward_equivalents), learned.details
-    return *scored, details
-
-
-def _control(
-    model: PreTrainedModel, sites: Sequence[Site], method: str, seed: int
-) -> tuple[torch.Tensor, ...]:
-    """Score at random, or by the norm of what a neuron writes."""
-    if method == "magnitude":
-        return output_norms(model, sites)
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.rand(site.width, generator=generator) for site in sites)
-
-
-def _tick(method: str, progress: ProgressCallback | None) -> Tick | None:
-    if progress is None:
-        return None
-    report: Callable[[Progress], None] = progress
-    return lambda done, total: report(Progress(method, done, total, "passes"))
