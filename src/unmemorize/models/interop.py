@@ -1,6 +1,6 @@
 """A neuron set of a language model in the words of other libraries. Plain data; none of them is needed here.
 
-    plain PyTorch     {module path: hook}, for register_forward_pre_hook of that module
+    plain PyTorch     {module path: hook}, a forward pre-hook of that module
     TransformerLens   {"blocks.3.mlp.hook_post": indices}: its hook sits on the input of the MLP's last projection,
                       after gate and up are multiplied, which is our site
     nnsight           {"model.layers[3].mlp.down_proj": indices}: the input of that module is our site
@@ -35,7 +35,7 @@ def to_hooks(neurons: NeuronSet, *, scale: float = 0.0) -> dict[str, Hook]:
         scale: their factor, unitless.
 
     Returns:
-        Module path -> hook of the form that `nn.Module.register_forward_pre_hook` takes.
+        Module path -> hook in the form of a forward pre-hook of `nn.Module`.
 
     Raises:
         SitesNotFound: if a site is on the output side.
