@@ -1,0 +1,191 @@
+"""NeMo for language models, second half: the few neurons without which a text is no longer recited.
+
+The search is the one used for pictures (`search.py`), with another effect: how much of a recital is left when neurons
+are off, 1 when nothing has changed. It takes any ranking: outliers, as in NeMo, or the scores of another localizer.
+With several examples it looks for one set that breaks them all.
+
+Source: Hintersdorf et al. 2024 (threshold search, refinement), for text-to-image models; both effects are ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from unmemorize.corpus.memorized import MemorizedExample
+from unmemorize.errors import ConfigError
+from unmemorize.gates import closed
+from unmemorize.localize.neuron_scores import NeuronScores, ScoringCost
+from unmemorize.localize.search import (
+    Entries,
+    Neuron,
+    SearchSettings,
+    candidate_sets,
+    refine,
+    select,
+    smallest,
+)
+from unmemorize.localize.suffix import measured
+from unmemorize.models.language import MlpRow, require_same_model
+from unmemorize.neurons import NeuronSet, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EffectKind = Literal["likelihood", "recital"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakSettings:
+    """When a recital counts as broken, and how the neurons that hold it are searched for.
+
+    Attributes:
+        effect: "likelihood": geometric mean probability of a suffix token, relative to the model as it is; "recital":
+            share of the suffix that is recited before the first mistake.
+        threshold_frac: the recital is broken where the effect is at most this, 0 to 1.
+        search: "bisection" over prefixes of the ranking (few passes, no neuron left over), or "growing" sets and one
+            pass of leaving out, as the released code of NeMo does (outliers only).
+        growing: schedule of the growing sets.
+        batch_size: examples per pass.
+    """
+
+    effect: EffectKind = "likelihood"
+    threshold_frac: float = 0.5
+    search: Literal["bisection", "growing"] = "bisection"
+    growing: SearchSettings = field(default_factory=SearchSettings)
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 0 <= self.threshold_frac < 1 or self.batch_size < 1:
+            raise ConfigError(
+                f"threshold_frac {self.threshold_frac} and batch_size {self.batch_size}; expected a fraction below 1, "
+                "and 1 or more"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broken:
+    """The neurons without which recitals are broken.
+
+    Attributes:
+        neurons: what was found.
+        effects_frac: effect left with them off, per example.
+        is_broken: whether every effect is at most the threshold; if not, nothing tried reached it.
+        threshold_frac: threshold used; where all candidates together did not reach the one asked for, what they did.
+        num_evaluated: sets of neurons that were switched off.
+        cost: passes and seconds, without those of the scores.
+    """
+
+    neurons: NeuronSet
+    effects_frac: tuple[float, ...]
+    is_broken: bool
+    threshold_frac: float
+    num_evaluated: int
+    cost: ScoringCost
+
+
+def smallest_set(
+    model: PreTrainedModel,
+    examples: Sequence[MemorizedExample],
+    scores: NeuronScores,
+    settings: BreakSettings | None = None,
+    *,
+    row: MlpRow | None = None,
+) -> Broken:
+    """Find a small set of neurons that breaks the recital of all examples, along a ranking.
+
+    Args:
+        model: the model; it is left as it was.
+        examples: recited examples.
+        scores: any localizer's scores on this model; the search looks at neurons in their order.
+        settings: by default half the likelihood, by bisection.
+        row: site table row, for an architecture that the table does not know.
+
+    Raises:
+        ConfigError: if growing sets are asked for with scores that are no outliers.
+        NeuronSetMismatch: if the scores belong to another model.
+    """
+    settings = settings or BreakSettings()
+    require_same_model(NeuronSet(scores.model_id, {}), model, row)
+    if settings.search == "growing" and scores.method != "outliers":
+        raise ConfigError(
+            f"growing sets follow z-scores, these scores are by {scores.method!r}; use search='bisection'"
+        )
+    started = time.monotonic()
+    effect = _Effect(model, examples, scores, settings)
+    samples = range(len(examples))
+    if settings.search == "bisection":
+        found = smallest(scores.ranked(), effect, settings.threshold_frac, samples)
+        chosen, threshold = found.neurons, found.threshold
+    else:
+        chosen, threshold = _grown(scores, lambda neurons: effect(neurons, samples), settings)
+    left = effect(chosen, samples)
+    return Broken(
+        neurons=effect.neuron_set(chosen),
+        effects_frac=left,
+        is_broken=max(left) <= settings.threshold_frac,
+        threshold_frac=threshold,
+        num_evaluated=len(effect.sets_seen),
+        cost=ScoringCost(forward_equivalents=float(effect.num_passes), seconds=time.monotonic() - started),
+    )
+
+
+def _grown(
+    scores: NeuronScores, effect: Callable[[Sequence[Neuron]], tuple[float, ...]], settings: BreakSettings
+) -> tuple[tuple[Neuron, ...], float]:
+    """Search as the released code of NeMo does: sets grow until one breaks the recital, then entries are left out."""
+    limit = settings.threshold_frac
+    search = replace(settings.growing, selection_threshold=limit, refinement_threshold=limit)
+
+    def on_entries(entries: Entries) -> tuple[float, ...]:
+        return effect([(layer, index) for layer, chosen in enumerate(entries) for index in chosen])
+
+    sets = candidate_sets(scores.values, scores.values, search, is_compat=False)
+    selection = select(sets, on_entries, search)
+    refined = refine(selection.entries, on_entries, selection.threshold, search.relative_threshold)
+    chosen = tuple((layer, index) for layer, indices in enumerate(refined.entries) for index in indices)
+    return chosen, selection.threshold
+
+
+class _Effect:
+    """How much of each recital is left with neurons off; remembers what it has computed."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[MemorizedExample],
+        scores: NeuronScores,
+        settings: BreakSettings,
+    ) -> None:
+        self._model, self._examples, self._scores, self._settings = model, examples, scores, settings
+        self._known: dict[tuple[int, frozenset[Neuron]], float] = {}
+        self.num_passes = len(examples)
+        self.sets_seen: set[frozenset[Neuron]] = set()
+        self._plain, _ = measured(model, examples, batch_size=settings.batch_size)
+
+    def neuron_set(self, neurons: Iterable[Neuron]) -> NeuronSet:
+        indices: dict[Site, list[int]] = {}
+        for layer, index in neurons:
+            indices.setdefault(self._scores.sites[layer], []).append(index)
+        return NeuronSet(self._scores.model_id, {site: tuple(chosen) for site, chosen in indices.items()})
+
+    def __call__(self, neurons: Sequence[Neuron], samples: Sequence[int]) -> tuple[float, ...]:
+        off = frozenset(neurons)
+        missing = [sample for sample in samples if (sample, off) not in self._known]
+        if missing:
+            some = [self._examples[sample] for sample in missing]
+            gates: dict[Site, Any] = closed(self.neuron_set(off))
+            losses, recited = measured(self._model, some, batch_size=self._settings.batch_size, gates=gates)
+            if self._settings.effect == "likelihood":
+                left = (self._plain[missing] - losses).exp()
+            else:
+                left = recited / torch.tensor([len(example.suffix) for example in some])
+            self._known.update({(sample, off): float(e) for sample, e in zip(missing, left, strict=True)})
+            self.num_passes += len(missing)
+            self.sets_seen.add(off)
+        return tuple(self._known[sample, off] for sample in samples)
