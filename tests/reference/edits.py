@@ -82,7 +82,9 @@ def curvature_edit(
     mass_in, right = torch.linalg.eigh(inputs)
     mass_out, left = torch.linalg.eigh(gradients)
     places = [(i, j) for i in range(len(mass_out)) for j in range(len(mass_in))]
-    chosen = kept({(i, j): max(0, float(mass_out[i])) * max(0, float(mass_in[j])) for i, j in places}, keep_frac)
+    chosen = kept(
+        {(i, j): max(0, float(mass_out[i])) * max(0, float(mass_in[j])) for i, j in places}, keep_frac
+    )
     if protect is not None:
         second: dict[tuple[int, int], float] = {}
         for i, j in places:

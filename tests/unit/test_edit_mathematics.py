@@ -52,7 +52,9 @@ def test_curvature_edit_equals_the_sum_of_kept_components(dtype: torch.dtype) ->
         expected = literal.curvature_edit(weight, own.inputs_II, own.gradients_OO, 0.6, pair, 0.5)
         edited = without_low_curvature(weight, own, 0.6, protect=protect, protect_frac=0.5)
         assert edited.dtype == dtype
-        torch.testing.assert_close(edited, expected.to(dtype), atol=1e-12 if dtype.itemsize == 8 else 1e-2, rtol=0)
+        torch.testing.assert_close(
+            edited, expected.to(dtype), atol=1e-12 if dtype.itemsize == 8 else 1e-2, rtol=0
+        )
         assert not torch.equal(edited, weight)
 
 

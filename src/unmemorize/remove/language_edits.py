@@ -23,6 +23,7 @@ from unmemorize.errors import CheckpointMismatch, ModelNotSupported, RunFolderEr
 from unmemorize.gates import closed, folded, module_at
 from unmemorize.models.language import MlpRow, fingerprint, load, require_same_model
 from unmemorize.records import ProgressCallback
+from unmemorize.remove.changes import changed_values, num_stored, put_back, read_undo, undo_path, write_undo
 from unmemorize.remove.curvature import (
     CurvatureFactors,
     collect_factors,
@@ -44,7 +45,6 @@ from unmemorize.remove.settings import (
     settings_to_json,
 )
 from unmemorize.remove.subnet import edit_by_subnet
-from unmemorize.remove.undo import changed_values, num_stored, put_back, read_undo, undo_path, write_undo
 from unmemorize.remove.unlearning import unlearn
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Edit:
         cost: wall time in seconds, and passes.
         details: what the method counted, such as steps taken or targets not reached.
         original: fingerprint of the model before.
-        undo: old values of everything that changed; see `undo.changed_values`.
+        undo: old values of everything that changed; see `changes.changed_values`.
     """
 
     model: PreTrainedModel

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unmemorize.errors import CheckpointMismatch, FileFormatError
 from unmemorize.files import write_atomic
 
-UNDO_FORMAT = "unmemorize.undo"
+UNDO_FORMAT = "unmemorize.changes"
 UNDO_VERSION = 1
 UNDO_SUFFIX = ".undo.safetensors"
 
