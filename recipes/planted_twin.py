@@ -18,8 +18,9 @@ import gzip
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ PREFIX_TOKENS, SUFFIX_TOKENS = 32, 32
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 BUDGETS = (0.02, 0.10)
 NUM_RETAIN = 256
-LOCALIZERS = ("activations", "gradient-x-activation", "slimming", "hard-concrete")
+LOCALIZERS = ("activations", "gradient", "slimming", "hard-concrete")
 
 Texts = list[tuple[int, ...]]
 
@@ -101,41 +102,38 @@ def read_material(run: Path) -> Material:
     )
 
 
-def neuron_sets(
-    model: Any, material: Material, only: set[str]
-) -> Iterator[tuple[str, float, NeuronSet, float]]:
-    """Yield (name, share, neurons, seconds of finding them): controls first, then localizers that are installed."""
-    sites, model_id = [mlp.site for mlp in find_mlps(model)], signature(model)
+def neuron_sets(model: Any, material: Material) -> Iterator[tuple[str, Callable[[], tuple[Any, float]]]]:
+    """Yield (name, how to score): controls first, then localizers that are installed.
+
+    Scoring gives share -> neurons, and the seconds that it took.
+    """
+    mlps, model_id = find_mlps(model), signature(model)
     generator = torch.Generator().manual_seed(0)
-    scores = {
-        "random": {site: torch.rand(site.width, generator=generator) for site in sites},
-        "magnitude": {mlp.site: magnitude(mlp) for mlp in find_mlps(model)},
+    controls = {
+        "random": {mlp.site: torch.rand(mlp.site.width, generator=generator) for mlp in mlps},
+        "magnitude": {mlp.site: magnitude(mlp) for mlp in mlps},
     }
-    for name, by_site in scores.items():
-        for share in SHARES if name in only or not only else ():
-            chosen = {
-                site: values.topk(max(1, round(share * site.width))).indices.tolist()
-                for site, values in by_site.items()
-            }
-            yield name, share, NeuronSet(model_id, chosen), 0.0
+
+    def top(by_site: dict[Any, torch.Tensor], share: float) -> NeuronSet:
+        chosen = {s: v.topk(max(1, round(share * s.width))).indices.tolist() for s, v in by_site.items()}
+        return NeuronSet(model_id, chosen)
+
+    for name, by_site in controls.items():
+        yield name, partial(lambda by_site: (partial(top, by_site), 0.0), by_site)
     try:
-        from unmemorize.corpus.memorized import MemorizedExample
+        from unmemorize.corpus.memorized import cut_examples
         from unmemorize.localize.language import localize
     except ImportError:
         return
-    cut = PREFIX_TOKENS + SUFFIX_TOKENS
-    examples = [
-        MemorizedExample(prefix=text[:PREFIX_TOKENS], suffix=text[PREFIX_TOKENS:cut])
-        for text in material.groups["target"]
-    ]
-    for name in LOCALIZERS:
-        if only and name not in only:
-            continue
+    examples = cut_examples(material.groups["target"], PREFIX_TOKENS, SUFFIX_TOKENS)
+
+    def scored(name: str) -> tuple[Any, float]:
         started_s = time.monotonic()
-        found = localize(model, examples, name)
-        took_s = time.monotonic() - started_s
-        for share in SHARES:
-            yield name, share, found.top(share, per_layer=True), took_s
+        scores = localize(model, examples, name)
+        return scores.top, time.monotonic() - started_s
+
+    for name in LOCALIZERS:
+        yield name, partial(scored, name)
 
 
 def magnitude(mlp: Any) -> torch.Tensor:
@@ -144,45 +142,57 @@ def magnitude(mlp: Any) -> torch.Tensor:
     return weight.norm(dim=1 if type(mlp.down).__name__ == "Conv1D" else 0)
 
 
-def edits(model: Any, material: Material, only: set[str]) -> Iterator[tuple[str, float, Edit]]:
-    """Yield (name, strength, edit) for everything that is compared; strength only orders a method's points."""
+def edits(model: Any, material: Material) -> Iterator[tuple[str, float, Callable[[], Edit]]]:
+    """Yield (name, strength, how to make the edit) for everything that is compared; strength only orders points."""
     targets, retain = material.groups["target"], material.retain
 
-    def wanted(name: str) -> bool:
-        return not only or name in only
-
-    for name, share, neurons, took_s in neuron_sets(model, material, only):
-        made = edit(model, [], [], "fold", FoldSettings(neurons=neurons))
+    def folded(score: Callable[[], tuple[Any, float]], share: float) -> Edit:
+        top, took_s = score()
+        made = edit(model, [], [], "fold", FoldSettings(neurons=top(share)))
         made.cost.seconds += took_s
-        yield name, share, made
+        return made
+
+    def curved(collect: Callable[[], Any], settings: CurvatureSettings) -> Edit:
+        factors = collect()
+        made = edit(model, [], [], "curvature", settings, factors=factors)
+        made.cost.seconds += factors.cost.seconds
+        made.cost.forward_equivalents += factors.cost.forward_equivalents
+        return made
+
+    for name, score in neuron_sets(model, material):
+        once = cache(score)
+        for share in SHARES:
+            yield name, share, partial(folded, once, share)
     every = tuple(range(len(find_mlps(model))))
     for name, layers in (("svd", None), ("svd, all layers", every)):
-        for gate in (0.1, 0.25, 0.5, 0.75, 0.9) if wanted(name) else ():
-            settings = SvdSettings(layers=layers, drop_gate_frac=gate)
-            yield name, gate, edit(model, [], [], "svd", settings)
+        for gate in (0.1, 0.25, 0.5, 0.75, 0.9):
+            settings: Any = SvdSettings(layers=layers, drop_gate_frac=gate)
+            yield name, gate, partial(edit, model, [], [], "svd", settings)
     for name, layers in (("curvature", None), ("curvature, all layers", every)):
-        if wanted(name):
-            factors = collect_factors(model, retain, CurvatureSettings(layers=layers))
-            for keep in (0.95, 0.9, 0.8, 0.7, 0.6, 0.5):
-                settings = CurvatureSettings(layers=layers, keep_frac=keep)
-                made = edit(model, [], [], "curvature", settings, factors=factors)
-                made.cost.seconds += factors.cost.seconds
-                made.cost.forward_equivalents += factors.cost.forward_equivalents
-                yield name, 1 - keep, made
-    for drop in (0.0015, 0.005, 0.01, 0.02, 0.05) if wanted("subnet") else ():
-        yield "subnet", drop, edit(model, targets, retain, "subnet", SubnetSettings(drop_frac=drop))
+        collect = cache(partial(collect_factors, model, retain, CurvatureSettings(layers=layers)))
+        for dropped in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5):
+            settings = CurvatureSettings(layers=layers, keep_frac=1 - dropped)
+            yield name, dropped, partial(curved, collect, settings)
+    for drop in (0.0015, 0.005, 0.01, 0.02):
+        settings = SubnetSettings(drop_frac=drop)
+        yield "subnet", drop, partial(edit, model, targets, retain, "subnet", settings)
     for position in ("first", "weakest"):
-        for cap in (0.25, 0.5, 1.0, 2.0, 4.0) if wanted(f"output-vectors, {position}") else ():
+        for cap in (0.25, 0.5, 1.0, 2.0):
             settings = OutputVectorSettings(
                 position=position, max_change_frac=cap, prefix_tokens=PREFIX_TOKENS
             )
-            yield f"output-vectors, {position}", cap, edit(model, targets, retain, "output-vectors", settings)
+            make = partial(edit, model, targets, retain, "output-vectors", settings)
+            yield f"output-vectors, {position}", cap, make
     for objective in ("gradient-ascent", "gradient-difference", "npo", "simnpo"):
-        for budget in (0.01, 0.02, 0.05, 0.1, 0.2) if wanted(objective) else ():
+        for budget in BUDGETS:
             settings = UnlearningSettings(
-                learning_rate=3e-4, batch_size=8, epochs=10, perplexity_budget_frac=budget
+                learning_rate=3e-4,
+                batch_size=8,
+                epochs=10,
+                perplexity_budget_frac=budget,
+                check_every_steps=2,
             )
-            yield objective, budget, edit(model, targets, retain, objective, settings)
+            yield objective, budget, partial(edit, model, targets, retain, objective, settings)
 
 
 def measure(model: Any, material: Material) -> dict[str, Any]:
@@ -212,9 +222,10 @@ def run_edits(run: Path, seeds: list[int], only: set[str]) -> None:
                 row = measure(load(folder, run_check=False), material)
                 append_json_line(out, {"seed": seed, "edit": name, "strength": 0.0, **row})
         model = load(model_folder(run, "standard", seed), run_check=False)
-        for name, strength, made in edits(model, material, only):
-            if (seed, name, strength) in done:
+        for name, strength, make in edits(model, material):
+            if (seed, name, strength) in done or (only and name not in only):
                 continue
+            made = make()
             head = {"seed": seed, "edit": name, "strength": strength, "seconds": round(made.cost.seconds, 2)}
             head |= {"forward_equivalents": made.cost.forward_equivalents, "details": dict(made.details)}
             line = {**head, "settings": settings_to_json(made.settings), **measure(made.model, material)}

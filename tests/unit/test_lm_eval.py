@@ -1,4 +1,4 @@
-"""The harness' task folder: its files, its scores, and what is left out; with the harness itself where it is installed."""
+"""The harness' task folder: files, scores, and what is left out; with the harness itself where it is installed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ def example(tokenizer, number: int, group: str) -> Example:
 
 @pytest.fixture
 def written(tokenizer, tmp_path: Path):
-    examples = [example(tokenizer, 0, "target"), example(tokenizer, 1, "target"), example(tokenizer, 2, "ordinary")]
+    examples = [
+        example(tokenizer, 0, "target"),
+        example(tokenizer, 1, "target"),
+        example(tokenizer, 2, "ordinary"),
+    ]
     lengths = usable_lengths(tokenizer)
     tasks = write_harness_tasks(examples, tokenizer, tmp_path / "tasks", name="mine", **lengths)
     return tasks, lengths
@@ -122,3 +126,46 @@ def test_bad_names_lengths_and_folders_are_refused(written, tokenizer, tmp_path:
         write_harness_tasks(one, tokenizer, tmp_path / "x", name="mine", prefix_tokens=0, suffix_tokens=6)
     with pytest.raises(RunFolderError, match="already holds something"):
         write_harness_tasks(one, tokenizer, written[0].folder, name="mine")
+
+
+@pytest.mark.slow
+def test_the_harness_runs_the_folder_and_agrees_with_the_audit(tmp_path: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from unmemorize.audit.language import extract
+    from unmemorize.isolate.settings import ModelSettings
+    from unmemorize.isolate.train import build_model
+
+    made = train_tokenizer(TEXTS * 4, 300, tmp_path / "tokenizer")
+    model = build_model(ModelSettings(length_tokens=64, rows="padded"), made, 0)
+    examples = [example(made, number, "target") for number in range(3)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(40):  # the third text is not learned
+        for one in examples[:2]:
+            tokens = torch.tensor([one.tokens])
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    tasks = write_harness_tasks(examples, made, tmp_path / "tasks", name="mine", **usable_lengths(made))
+    assert tasks.num_examples == {"target": 3}
+    found = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=made, batch_size=2),
+        tasks=[tasks.tag],
+        task_manager=TaskManager(include_path=str(tasks.folder)),
+        bootstrap_iters=0,
+    )["results"]
+    ours = extract(model, [one.tokens for one in examples], 8, 6)
+    assert found["mine_target_verbatim"]["exact,none"] == pytest.approx(ours.scores.is_exact.mean())
+    assert 0.6 < ours.scores.is_exact.mean() < 0.7
+    with torch.no_grad():
+        nats = 0.0
+        for one in examples:
+            scores_TV = model(torch.tensor([one.tokens[:14]])).logits[0].log_softmax(-1)
+            nats -= sum(float(scores_TV[t - 1, one.tokens[t]]) for t in range(8, 14)) / 6
+    assert found["mine_target_suffix"]["nats_per_token,none"] == pytest.approx(nats / 3, rel=1e-3)
+    forced = ours.scores.teacher_forced_accuracy_frac == 1
+    assert found["mine_target_suffix"]["acc,none"] == pytest.approx(forced.mean())

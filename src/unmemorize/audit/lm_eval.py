@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SCORES_FILE = "scores.py"
 
-_SCORES = '''"""Scores of verbatim continuation, for the tasks in this folder. Written by unmemorize; needs nothing of it."""
+_SCORES = '''"""Scores of verbatim continuation for this folder's tasks. Written by unmemorize; needs nothing of it."""
 
 
 def verbatim(doc, results):
@@ -152,7 +152,9 @@ def _row(
         return None
     if _encoded(tokenizer, prefix) != tokens[:prefix_tokens] or _encoded(tokenizer, whole) != tokens:
         return None
-    if prefix != prefix.rstrip():  # the harness moves white space at the end of a prompt into the continuation
+    if (
+        prefix != prefix.rstrip()
+    ):  # the harness moves white space at the end of a prompt into the continuation
         return None
     return {
         "name": example.name,
@@ -204,4 +206,6 @@ metric_list:
 
 
 def _metric(name: str, *, is_higher_better: bool = True) -> str:
-    return f"  - metric: {name}\n    aggregation: mean\n    higher_is_better: {str(is_higher_better).lower()}\n"
+    return (
+        f"  - metric: {name}\n    aggregation: mean\n    higher_is_better: {str(is_higher_better).lower()}\n"
+    )

@@ -16,8 +16,7 @@ Source: Merullo et al. 2025, arXiv 2510.24256; K-FAC: Martens and Grosse 2015.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,6 @@ from torch.nn import functional
 
 from unmemorize.errors import CheckpointMismatch, FileFormatError
 from unmemorize.files import write_atomic
-from unmemorize.gates import module_at, replaced_forwards
 from unmemorize.models.language import MlpRow, fingerprint
 from unmemorize.records import Progress, ProgressCallback
 from unmemorize.remove.matrices import (
@@ -37,6 +35,7 @@ from unmemorize.remove.matrices import (
     chosen_layers,
     evaluating,
     find_matrices,
+    probed,
     require_texts,
 )
 from unmemorize.remove.objectives import IGNORED, padded
@@ -233,33 +232,6 @@ def drawn_labels(logits_NTV: Tensor, lengths: Sequence[int], first_number: int, 
     reached_NTV = logits_NTV.double().softmax(-1).cumsum(-1)
     uniform_NT1 = uniform_NT.to(reached_NTV.device)[..., None] * reached_NTV[..., -1:]
     return torch.searchsorted(reached_NTV, uniform_NT1, right=True).squeeze(-1).clamp(max=vocabulary - 1)
-
-
-@dataclass(slots=True)
-class Record:
-    """What one layer saw in one call: its detached input, and the zeros that were added to its output."""
-
-    inputs: Tensor
-    zeros: Tensor
-
-
-@contextmanager
-def probed(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Record]]:
-    """Record inputs of linear layers, and add zeros to their outputs whose gradient is the outputs' gradient."""
-    records: dict[str, Record] = {}
-
-    def probe(path: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def compute(inputs: Tensor) -> Tensor:
-            output = forward(inputs)
-            zeros = torch.zeros_like(output, requires_grad=True)
-            records[path] = Record(inputs.detach(), zeros)
-            return output + zeros
-
-        return compute
-
-    linears = {path: module_at(model, path) for path in paths}
-    with replaced_forwards({linear: probe(path, linear.forward) for path, linear in linears.items()}):
-        yield records
 
 
 class _Sums:

@@ -1,21 +1,23 @@
 """The MLP matrices of a language model as (out, in) views, whatever layout its linear layers store.
 
 `view` gives a tensor that shares memory with the weight: GPT-2's transposed layers are turned, and the two halves of a
-fused gate and up projection are two matrices. Also here: what an edit costs, and running texts through a copy.
+fused gate and up projection are two matrices. Also here: what an edit costs, which texts it accepts, and inputs and
+output gradients of linear layers without a hook.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from unmemorize.errors import ConfigError, DataError, ModelNotSupported
-from unmemorize.gates import is_plain_linear, is_transposed, module_at
+from unmemorize.gates import is_plain_linear, is_transposed, module_at, replaced_forwards
 from unmemorize.models.language import MlpRow, find_mlps
 from unmemorize.remove.settings import MatrixKind
 
@@ -173,6 +175,33 @@ def batches(texts: Sequence[Sequence[int]], size: int) -> Iterator[list[Sequence
     """Yield texts in order, in pieces."""
     for start in range(0, len(texts), size):
         yield list(texts[start : start + size])
+
+
+@dataclass(slots=True)
+class Record:
+    """What one layer saw in one call: its detached input, and the zeros that were added to its output."""
+
+    inputs: Tensor
+    zeros: Tensor
+
+
+@contextmanager
+def probed(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Record]]:
+    """Record inputs of linear layers, and add zeros to their outputs whose gradient is the outputs' gradient."""
+    records: dict[str, Record] = {}
+
+    def probe(path: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def compute(inputs: Tensor) -> Tensor:
+            output = forward(inputs)
+            zeros = torch.zeros_like(output, requires_grad=True)
+            records[path] = Record(inputs.detach(), zeros)
+            return output + zeros
+
+        return compute
+
+    linears = {path: module_at(model, path) for path in paths}
+    with replaced_forwards({linear: probe(path, linear.forward) for path, linear in linears.items()}):
+        yield records
 
 
 @contextmanager

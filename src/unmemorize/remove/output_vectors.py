@@ -32,7 +32,6 @@ from unmemorize.gates import capture
 from unmemorize.models.language import MlpRow, find_mlps
 from unmemorize.neurons import Site
 from unmemorize.records import Progress, ProgressCallback
-from unmemorize.remove.curvature import probed
 from unmemorize.remove.matrices import (
     EditCost,
     MlpMatrix,
@@ -40,6 +39,7 @@ from unmemorize.remove.matrices import (
     chosen_layers,
     evaluating,
     find_matrices,
+    probed,
     require_texts,
 )
 from unmemorize.remove.objectives import padded
