@@ -173,11 +173,11 @@ def edits(model: Any, material: Material) -> Iterator[tuple[str, float, Callable
         for dropped in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5):
             settings = CurvatureSettings(layers=layers, keep_frac=1 - dropped)
             yield name, dropped, partial(curved, collect, settings)
-    for drop in (0.0015, 0.005, 0.01, 0.02):
+    for drop in (0.0015, 0.005, 0.02):
         settings = SubnetSettings(drop_frac=drop)
         yield "subnet", drop, partial(edit, model, targets, retain, "subnet", settings)
     for position in ("first", "weakest"):
-        for cap in (0.25, 0.5, 1.0, 2.0):
+        for cap in (0.5, 1.0, 2.0):
             settings = OutputVectorSettings(
                 position=position, max_change_frac=cap, prefix_tokens=PREFIX_TOKENS
             )

@@ -129,6 +129,8 @@ def test_bad_names_lengths_and_folders_are_refused(written, tokenizer, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("default")
 def test_the_harness_runs_the_folder_and_agrees_with_the_audit(tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     import torch

@@ -172,9 +172,7 @@ def delete_each(
         if progress is not None:
             progress(Progress("deletion", number + 1, len(neurons), "texts"))
     columns = np.array(rows, dtype=np.float64).reshape(len(rows), 5).T
-    return Deletion(
-        np.array([len(chosen) for chosen in neurons]), *columns, ordinary_perplexity_before=before
-    )
+    return Deletion(np.array([len(chosen) for chosen in neurons]), *columns, before)
 
 
 def _measured(

@@ -130,12 +130,12 @@ def write_harness_tasks(
             "use the tokenizer that made them, or shorter lengths"
         )
     tasks: list[str] = []
-    for group, documents in rows.items():
+    for kept, documents in rows.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in documents]
-        data = write_atomic(folder / f"{group}.jsonl", "".join(lines))
-        for kind, text in _tasks(name, group, data, suffix_tokens).items():
-            write_atomic(folder / f"{name}_{group}_{kind}.yaml", text)
-            tasks.append(f"{name}_{group}_{kind}")
+        data = write_atomic(folder / f"{kept}.jsonl", "".join(lines))
+        for kind, text in _tasks(name, kept, data, suffix_tokens).items():
+            write_atomic(folder / f"{name}_{kept}_{kind}.yaml", text)
+            tasks.append(f"{name}_{kept}_{kind}")
     write_atomic(folder / SCORES_FILE, _SCORES)
     return HarnessTasks(folder, name, tuple(tasks), {g: len(d) for g, d in rows.items()}, excluded)
 
