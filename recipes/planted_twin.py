@@ -181,7 +181,8 @@ def edits(model: Any, material: Material) -> Iterator[tuple[str, float, Callable
             settings = OutputVectorSettings(
                 position=position, max_change_frac=cap, prefix_tokens=PREFIX_TOKENS
             )
-            make = partial(edit, model, targets, retain, "output-vectors", settings)
+            cut = [text[: PREFIX_TOKENS + SUFFIX_TOKENS] for text in targets]
+            make = partial(edit, model, cut, retain, "output-vectors", settings)
             yield f"output-vectors, {position}", cap, make
     for objective in ("gradient-ascent", "gradient-difference", "npo", "simnpo"):
         for budget in BUDGETS:

@@ -172,7 +172,15 @@ def delete_each(
         if progress is not None:
             progress(Progress("deletion", number + 1, len(neurons), "texts"))
     columns = np.array(rows, dtype=np.float64).reshape(len(rows), 5).T
-    return Deletion(np.array([len(chosen) for chosen in neurons]), *columns, before)
+    return Deletion(
+        num_neurons=np.array([len(chosen) for chosen in neurons]),
+        self_accuracy_change_frac=columns[0],
+        self_distance_change_characters=columns[1],
+        neighbour_accuracy_change_frac=columns[2],
+        neighbour_distance_change_characters=columns[3],
+        ordinary_perplexity=columns[4],
+        ordinary_perplexity_before=before,
+    )
 
 
 def _measured(
