@@ -83,7 +83,9 @@ def main() -> None:
     parser.add_argument("--shares", default="0.001,0.005")
     parser.add_argument("--neurons", type=Path)
     parser.add_argument("--lengths", default="32,48")
-    parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--limit", type=int, default=32, help="texts to delete")
+    parser.add_argument("--ordinary", type=int, default=200, help="ordinary texts for perplexity")
+    parser.add_argument("--length-tokens", type=int, default=1024, help="longer texts are cut")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = arguments.model
@@ -91,9 +93,10 @@ def main() -> None:
     model, tokenizer = load(folder, run_check=False), load_tokenizer(folder)
     prefix, suffix = (int(length) for length in arguments.lengths.split(","))
     settings = DeletionSettings(prefix_tokens=prefix, suffix_tokens=suffix)
-    examples = read_examples(arguments.examples, tokenizer, 1024)
+    context = getattr(model.config, "max_position_embeddings", None) or arguments.length_tokens
+    examples = read_examples(arguments.examples, tokenizer, min(arguments.length_tokens, context))
     targets = [example for example in examples if example.group == "target"]
-    ordinary = [example.tokens for example in examples if example.group == "ordinary"]
+    ordinary = [example.tokens for example in examples if example.group == "ordinary"][: arguments.ordinary]
     numbers = memorized(model, [example.tokens for example in targets], tokenizer.decode, settings)
     kept = [targets[number] for number in numbers][: arguments.limit]
     texts = [example.tokens for example in kept]
