@@ -1,0 +1,1 @@
+"""Small models whose memory is known, trained here from captioned pictures."""
