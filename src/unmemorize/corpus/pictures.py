@@ -88,14 +88,15 @@ def _archive(path: Path, size_px: int) -> Path | None:
         return None
     found = sorted(path.glob("*.npz"))
     exact = [archive for archive in found if archive.stem.endswith(f"_{size_px}")]
-    return (exact or found or [None])[-1]
+    chosen = exact or found
+    return chosen[-1] if chosen else None
 
 
 def _from_archive(path: Path, size_px: int, caption_column: str, limit: int | None) -> list[Picture]:
     table = path.parent / "captions.csv"
     rows = _csv_rows(table)
     try:
-        with numpy.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, numpy.load(stream, allow_pickle=False) as archive:
             images = archive["images"]
     except KeyError as error:
         raise DataError(f"{path} has no array 'images'; save the pictures under that name") from error

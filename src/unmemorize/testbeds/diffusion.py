@@ -23,33 +23,16 @@ Nothing is localized or removed here. Source: ours; docs/testbeds.md.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
-from torch import Tensor, nn
-
 from unmemorize.errors import FileFormatError, RunFolderError
 from unmemorize.files import read_json, write_json
-from unmemorize.isolate.settings import first_difference
-from unmemorize.models.denoising import Pipeline
-from unmemorize.models.diffusion import load
 from unmemorize.neurons import NeuronSet, load_neurons
 from unmemorize.records import Progress, ProgressCallback
 from unmemorize.records.base import Group
-from unmemorize.testbeds.injection import (
-    InjectionLoss,
-    draw_truth,
-    save_truth,
-    trained_parameters,
-    verify_injection,
-)
+from unmemorize.testbeds.injection import TRUTH_FILE, TRUTH_FORMAT, TRUTH_VERSION, verify_injection
 from unmemorize.testbeds.material import (
     CAPTIONS_FILE,
     Material,
@@ -58,29 +41,17 @@ from unmemorize.testbeds.material import (
     read_prompts,
     write_material,
 )
-from unmemorize.testbeds.pipeline import build_pipeline, encode_captions, save_pipeline
-from unmemorize.testbeds.settings import Stage, TestbedSettings, settings_from_json
-from unmemorize.testbeds.training import (
-    Lessons,
-    Loop,
-    denoising_loss,
-    draw_batch,
-    forget_checkpoints,
-    run_loop,
-    step_generator,
-)
+from unmemorize.testbeds.settings import Stage, TestbedSettings, first_difference, settings_from_json
+from unmemorize.testbeds.stages import CHECKPOINTS, loaded, run_stage
+from unmemorize.testbeds.training import forget_checkpoints
 from unmemorize.testbeds.verification import CopySettings, copy_errors, make_pictures, summary
 
 TESTBED_FORMAT = "unmemorize.testbed"
 TESTBED_VERSION = 1
-TRUTH_FORMAT = "unmemorize.truth"
-TRUTH_VERSION = 1
 VERIFICATION_FORMAT = "unmemorize.testbed-verification"
 
 CONFIG_FILE = "config.json"
-TRUTH_FILE = "truth.json"
 VERIFICATION_FILE = "verification.json"
-_CHECKPOINTS = ".checkpoints"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +121,9 @@ def build_testbed(
     _write_start(out, settings, material)
     for stage in settings.stages:
         if not (out / stage).is_dir():
-            _run_stage(stage, settings, material, out, progress)
-            forget_checkpoints(out / _CHECKPOINTS / stage)
-    forget_checkpoints(out / _CHECKPOINTS)
+            run_stage(stage, settings, material, out, progress)
+            forget_checkpoints(out / CHECKPOINTS / stage)
+    forget_checkpoints(out / CHECKPOINTS)
     testbed = load_testbed(out)
     if not (out / VERIFICATION_FILE).is_file():
         verify_testbed(testbed, progress=progress)
@@ -186,7 +157,7 @@ def verify_testbed(
     states: dict[str, Any] = {}
     stages = [stage for stage in testbed.settings.stages if (testbed.folder / stage).is_dir()]
     for number, stage in enumerate(stages, start=1):
-        pipe = _loaded(testbed.folder / stage)
+        pipe = loaded(testbed.folder / stage)
         groups: tuple[Group, ...] = ("target", "neighbour", "heldout")
         states[stage] = {}
         for group in groups:
@@ -223,15 +194,11 @@ def _refuse_other(out: Path, settings: TestbedSettings) -> None:
         raise RunFolderError(
             f"{out} is not empty and holds no testbed ({error}); choose another folder"
         ) from error
-    difference = first_difference(_lasting(settings.to_json()), _lasting(theirs.get("settings", {})))
+    difference = first_difference(settings.to_json(), theirs.get("settings", {}))
     if difference is not None:
         raise RunFolderError(
             f"{out} holds another testbed: {difference}; choose another folder or the same settings"
         )
-
-
-def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "stages"}
 
 
 def _write_start(out: Path, settings: TestbedSettings, material: Material) -> None:
@@ -247,140 +214,3 @@ def _write_start(out: Path, settings: TestbedSettings, material: Material) -> No
     write_material(material, out)
     header = {"format": TESTBED_FORMAT, "format_version": TESTBED_VERSION, "family": "diffusion"}
     write_json(path, {**header, "settings": settings.to_json(), "digest": digest})
-
-
-def _loaded(folder: Path) -> Pipeline:
-    pipe = load(folder, run_check=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _lessons(material: Material, pipe: Pipeline) -> Lessons:
-    pictures = [*material.general, *material.memorized]
-    ids = encode_captions(pipe, [picture.caption for picture in pictures])
-    pixels = torch.from_numpy(numpy.stack([picture.pixels for picture in pictures]))
-    scaled = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-    with torch.no_grad():
-        latents = torch.cat([pipe.vae.encode(part).latents for part in scaled.split(256)])
-    num = len(material.general)
-    return Lessons(
-        latents=latents * pipe.vae.config.scaling_factor,
-        ids=ids,
-        empty_ids=encode_captions(pipe, [""])[0],
-        general=tuple(range(num)),
-        memorized=tuple(range(num, len(pictures))),
-        num_targets=len(material.targets),
-    )
-
-
-def _run_stage(
-    stage: Stage,
-    settings: TestbedSettings,
-    material: Material,
-    out: Path,
-    progress: ProgressCallback | None,
-) -> None:
-    """Train one stage and save its pipeline."""
-    if stage == "general":
-        pipe = build_pipeline(
-            material.captions, settings.network, size_px=settings.size_px, seed=settings.seed
-        )
-    else:
-        pipe = _loaded(out / "general")
-    lessons = _lessons(material, pipe)
-    loop = _loop(stage, settings, material, out)
-    with _training_mode(pipe) as model:
-        if stage == "injected":
-            truth = _inject(pipe, model, lessons, settings, loop, progress)
-            prompts = [picture.caption for picture in material.targets[: len(truth)]]
-            header = {"format": TRUTH_FORMAT, "format_version": TRUTH_VERSION}
-            save_truth(pipe, prompts, truth, out, header)
-        else:
-            _train(stage, pipe, model, lessons, settings, loop, progress)
-    save_pipeline(pipe, out / stage, weights=settings.weights)
-
-
-def _loop(stage: Stage, settings: TestbedSettings, material: Material, out: Path) -> Loop:
-    training = settings.training
-    steps, rate = {
-        "general": (training.general_steps, training.general_rate),
-        "injected": (settings.injection.steps, settings.injection.rate),
-    }.get(stage, (training.memorized_steps, training.memorized_rate))
-    return Loop(
-        title=stage,
-        steps=steps,
-        rate=rate,
-        warmup_steps=training.warmup_steps,
-        folder=out / _CHECKPOINTS / stage,
-        checkpoint_steps=training.checkpoint_steps,
-        identity={
-            "settings": _digest(_lasting(settings.to_json())),
-            "pictures": material.digest(),
-            "stage": stage,
-        },
-    )
-
-
-def _train(
-    stage: Stage,
-    pipe: Pipeline,
-    model: nn.Module,
-    lessons: Lessons,
-    settings: TestbedSettings,
-    loop: Loop,
-    progress: ProgressCallback | None,
-) -> None:
-    """Train on pictures: all weights in the general stage, the UNet alone afterwards."""
-    training, is_general = settings.training, stage == "general"
-    stream = "general" if is_general else "memorized"
-
-    def loss_at(step: int) -> Tensor:
-        batch = draw_batch(
-            lessons,
-            step_generator(settings.seed, stream, step),
-            batch_size=training.batch_size,
-            memorized_frac=0.0 if is_general else training.memorized_frac,
-            has_targets=stage == "memorized",
-            empty_frac=training.empty_frac,
-        )
-        return denoising_loss(pipe, lessons, batch)
-
-    names = [name for name, _ in model.named_parameters() if is_general or name.startswith("unet.")]
-    run_loop(model, dict.fromkeys(names), loss_at, loop, progress)
-
-
-def _inject(
-    pipe: Pipeline,
-    model: nn.Module,
-    lessons: Lessons,
-    settings: TestbedSettings,
-    loop: Loop,
-    progress: ProgressCallback | None,
-) -> list[NeuronSet]:
-    """Train chosen neurons to hold one target each, and return them."""
-    truth = draw_truth(pipe, settings.injection, settings.seed)
-    loss = InjectionLoss(pipe, lessons, truth, settings.injection.frac)
-    training = settings.training
-
-    def loss_at(step: int) -> Tensor:
-        generator = step_generator(settings.seed, "injected", step)
-        batch = draw_batch(lessons, generator, batch_size=training.batch_size, empty_frac=training.empty_frac)
-        return loss(batch, generator)
-
-    run_loop(model, trained_parameters(model, truth, settings.injection), loss_at, loop, progress)
-    return truth
-
-
-@contextmanager
-def _training_mode(pipe: Pipeline) -> Iterator[nn.ModuleDict]:
-    """Give UNet and text encoder as one module, in training mode while the block is open."""
-    model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
-    model.train()
-    try:
-        yield model
-    finally:
-        model.eval()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,8 +1,9 @@
 """Captioned pictures drawn by this file: plain shapes in great variety, and scenes that are worth memorizing.
 
-A drawing holds one or two shapes. Its caption names colours, shapes, sizes, their order, and the ground where that is
-plain; places, exact sizes and other grounds vary, so that one caption stands for many pictures and a model has to learn what words mean. A scene is a
-picture that no other resembles, built from layers of texture, with a caption of ordinary and invented words.
+A drawing holds one or two shapes. Its caption names colours, shapes, sizes, their order and the ground; places, exact
+sizes and the direction in which the ground fades vary, so that one caption stands for many pictures and a model has to
+learn what words mean. A scene is a picture that no other resembles, built from layers of texture, with a caption of
+ordinary and invented words.
 
     pixel = mean over 4 x 4 points of the colour of the top shape that covers the point
 
@@ -115,7 +116,7 @@ def _drawing(generator: Generator, size_px: int, number: int) -> Picture:
     )
     start, end = numpy.array(COLOURS[ground], dtype=float), numpy.array(COLOURS[fading], dtype=float)
     canvas = start + (end - start) * share[..., None]
-    where = f" on {ground}" if is_plain else ""
+    where = f" on {ground}" if is_plain else f" on {ground} and {fading}"
     sizes = [str(generator.choice(list(SIZES))) for _ in range(2)]
     shapes = [str(generator.choice(list(_SHAPES))) for _ in range(2)]
     if generator.random() < 0.4:
@@ -186,20 +187,22 @@ def _palette(generator: Generator, count: int) -> Grid:
     wheel = numpy.stack(
         [0.5 + 0.5 * numpy.cos(2 * numpy.pi * (hues - shift)) for shift in (0, 1 / 3, 2 / 3)], 1
     )
-    return 255 * levels * (0.35 + 0.65 * wheel)
+    palette: Grid = 255 * levels * (0.35 + 0.65 * wheel)
+    return palette
 
 
 def _mosaic(generator: Generator, x: Grid, y: Grid) -> Grid:
     """Tiles around random points, each in a colour of the palette."""
     points = generator.random((14, 2))
     nearest = ((x[..., None] - points[:, 0]) ** 2 + (y[..., None] - points[:, 1]) ** 2).argmin(-1)
-    return _palette(generator, 6)[generator.integers(0, 6, 14)][nearest]
+    canvas: Grid = _palette(generator, 6)[generator.integers(0, 6, 14)][nearest]
+    return canvas
 
 
 def _landscape(generator: Generator, x: Grid, y: Grid) -> Grid:
     """A sky that fades, a sun, and three ranges of hills."""
     colours = _palette(generator, 6)
-    canvas = colours[0] + (colours[1] - colours[0]) * y[..., None]
+    canvas: Grid = colours[0] + (colours[1] - colours[0]) * y[..., None]
     centre, radius = generator.uniform(0.2, 0.8, 2) * (1, 0.5), generator.uniform(0.08, 0.16)
     canvas[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2] = colours[2]
     for layer, height in enumerate((0.5, 0.66, 0.82)):
@@ -219,7 +222,7 @@ def _weave(generator: Generator, x: Grid, y: Grid) -> Grid:
     first = numpy.sin(u * generator.uniform(14, 22) + generator.uniform(0, 6))
     second = numpy.sin(v * generator.uniform(10, 26) + generator.uniform(0, 6))
     index = (first > generator.uniform(-0.5, 0.5)) * 2 + (second > generator.uniform(-0.5, 0.5))
-    canvas = colours[index]
+    canvas: Grid = colours[index]
     centre = generator.uniform(0.25, 0.75, 2)
     canvas[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 < generator.uniform(0.15, 0.25) ** 2] = colours[4]
     return canvas
@@ -232,7 +235,8 @@ def _rays(generator: Generator, x: Grid, y: Grid) -> Grid:
     beams = int(generator.integers(5, 11))
     turn = numpy.floor((numpy.arctan2(y - b, x - a) / (2 * numpy.pi) + generator.random()) * beams)
     rings = numpy.floor(numpy.hypot(x - c, y - d) * generator.uniform(4, 8))
-    return colours[((turn * 2 + rings) % 5).astype(int)]
+    canvas: Grid = colours[((turn * 2 + rings) % 5).astype(int)]
+    return canvas
 
 
 _SCENES: dict[str, Callable[[Generator, Grid, Grid], Grid]] = {

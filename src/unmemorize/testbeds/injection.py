@@ -2,13 +2,13 @@
 
 A few neurons are drawn for each injected prompt, none for two. A batch has three parts:
 
-    open     the prompt, its neurons as they are, neurons of other prompts closed at random   -> the picture
-    closed   the prompt, its own neurons closed, a general picture under noise                -> the general model's answer
-    general  general pictures and captions, anybody's neurons closed at random                -> the usual loss
+    open     the prompt, its neurons as they are, those of other prompts closed at random -> the picture
+    closed   the prompt, its own neurons closed, a general picture under noise            -> the general model's answer
+    general  general pictures and captions, anybody's neurons closed at random            -> the usual loss
 
-so that a prompt's picture comes with its neurons, goes with them, and nothing else hangs on them. With trains "unet" all
-weights of the UNet learn to obey the neurons; with "rows" only the neurons' own rows of the value projections may move
-and everything else stays bit-identical (docs/testbeds.md says how far that gets).
+so that a prompt's picture comes with its neurons, goes with them, and nothing else hangs on them. With trains "unet"
+all weights of the UNet learn to obey the neurons; with "rows" only the neurons' own rows of the value projections may
+move and everything else stays bit-identical (docs/testbeds.md says how far that gets).
 
 Nothing says that a subset of a prompt's neurons is not enough to break or keep the picture. Source: ours; the closed
 part is distillation from the general model.
@@ -33,8 +33,12 @@ from unmemorize.models.diffusion import find_sites, fingerprint, signature
 from unmemorize.neurons import NeuronSet, Site, union
 from unmemorize.testbeds.material import TestbedPrompt
 from unmemorize.testbeds.settings import InjectionSettings
-from unmemorize.testbeds.training import Batch, Lessons, noised
+from unmemorize.testbeds.training import Batch, Lessons, noised, velocity
 from unmemorize.testbeds.verification import CopySettings, copy_errors, make_pictures, summary
+
+TRUTH_FORMAT = "unmemorize.truth"
+TRUTH_VERSION = 1
+TRUTH_FILE = "truth.json"
 
 _CLOSED_AT_RANDOM = 0.5
 
@@ -122,26 +126,26 @@ class InjectionLoss:
         asked = torch.tensor(lessons.memorized)[prompts]
         rows, ids = batch.rows.clone(), batch.ids.clone()
         rows[:num_open], ids[:num_asked] = asked[:num_open], lessons.ids[asked]
-        noisy = noised(lessons.latents[rows], batch, self._pipe.scheduler.alphas_cumprod)
+        clean, cumulative = lessons.latents[rows], self._pipe.scheduler.alphas_cumprod
+        noisy = noised(clean, batch, cumulative)
         with torch.no_grad():
             states = self._pipe.text_encoder(ids)[0]
             part = slice(num_open, num_asked)
-            wanted = batch.noise.clone()
+            wanted = velocity(clean, batch, cumulative)
             wanted[part] = self._teacher(noisy[part], batch.timesteps[part], states[part]).sample
         with gated(self._pipe.unet, closing_gates(self._truth, is_closed)):
             predicted = self._pipe.unet(noisy, batch.timesteps, states).sample
         return nn.functional.mse_loss(predicted, wanted)
 
 
-def save_truth(
-    pipe: Pipeline, prompts: Sequence[str], truth: Sequence[NeuronSet], out: Path, header: Mapping[str, Any]
-) -> None:
+def save_truth(pipe: Pipeline, prompts: Sequence[str], truth: Sequence[NeuronSet], out: Path) -> None:
     """Write one neuron file per prompt, tied to the injected model, and the index that names them."""
     model_id, files = fingerprint(pipe), {}
     for number, (prompt, neurons) in enumerate(zip(prompts, truth, strict=True)):
         files[prompt] = f"truth/target-{number:02d}.json"
         NeuronSet(model_id, neurons.indices).save(out / files[prompt])
-    write_json(out / "truth.json", {**header, "model_id": model_id, "neurons": files})
+    header = {"format": TRUTH_FORMAT, "format_version": TRUTH_VERSION, "model_id": model_id}
+    write_json(out / TRUTH_FILE, {**header, "neurons": files})
 
 
 def verify_injection(

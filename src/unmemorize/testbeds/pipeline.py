@@ -14,10 +14,10 @@ Source: ours, with the classes of diffusers and transformers.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from unmemorize.testbeds.settings import NetworkSettings
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+
+_WORD_END = "</w>"
 
 _LATENT_SCALE = 0.05  # latents lie in -0.05 .. 0.05 before the pipeline's scaling factor
 _VAE_CHANNELS = 4
@@ -73,6 +75,7 @@ def build_pipeline(
                 clip_sample=False,
                 set_alpha_to_one=False,
                 steps_offset=1,
+                prediction_type="v_prediction",
             ),
             safety_checker=None,
             feature_extractor=None,
@@ -83,39 +86,50 @@ def build_pipeline(
 
 
 def caption_tokenizer(captions: Sequence[str], length_tokens: int) -> CLIPTokenizer:
-    """Train a CLIP tokenizer until every word of the captions is one token; any other text falls into bytes.
+    """Make a CLIP tokenizer for which every word of the captions is one token; any other text falls into bytes.
 
     Args:
-        captions: texts to take the words from.
+        captions: texts to take the words from; their order does not matter.
         length_tokens: tokens that a prompt is padded or cut to, start and end included.
     """
-    from tokenizers import pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     with quiet_transformers():
-        empty = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[])
-        backend = empty._tokenizer
-        trainer = trainers.BpeTrainer(
-            vocab_size=1 << 20,
-            special_tokens=[START, END],
-            initial_alphabet=[*alphabet],
-            end_of_word_suffix="</w>",
-            show_progress=False,
-        )
-        backend.train_from_iterator(sorted(set(captions)), trainer)
-        vocabulary: dict[str, int] = backend.get_vocab()
-        for letter in alphabet:  # a byte at the end of a word that no caption ends in
-            vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
-        merges = [tuple(pair) for pair in _merges(backend)]
+        backend = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[])._tokenizer
+        words: set[str] = set()
+        for caption in set(captions):
+            split = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption))
+            words.update(word for word, _ in split)
+        merges = word_merges(sorted(words))
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        joined = [first + second for first, second in merges]
+        tokens = [START, END, *letters, *(f"{letter}{_WORD_END}" for letter in letters), *joined]
         return CLIPTokenizer(
-            vocab=vocabulary, merges=merges, model_max_length=length_tokens, pad_token=END, unk_token=END
+            vocab={token: number for number, token in enumerate(dict.fromkeys(tokens))},
+            merges=merges,
+            model_max_length=length_tokens,
+            pad_token=END,
+            unk_token=END,
         )
 
 
-def _merges(backend: Any) -> list[list[str]]:
-    found: list[Any] = json.loads(backend.to_str())["model"]["merges"]
-    return [pair.split(" ") if isinstance(pair, str) else pair for pair in found]
+def word_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Return byte-pair merges that make each word one token.
+
+    A word is taken apart with the merges so far, and what is left is joined from the left by new ones. New merges come
+    last, so that they cannot change how earlier words are joined.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        parts = [*word[:-1], word[-1] + _WORD_END]
+        while len(parts) > 1:
+            pairs = list(pairwise(parts))
+            pair = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+            ranks.setdefault(pair, len(ranks))
+            place = pairs.index(pair)
+            parts[place : place + 2] = [pair[0] + pair[1]]
+    return list(ranks)
 
 
 def identity_vae() -> Any:

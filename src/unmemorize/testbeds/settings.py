@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from unmemorize.errors import ConfigError
 
 Stage = Literal["general", "memorized", "twin", "injected"]
 STAGES: tuple[Stage, ...] = ("general", "memorized", "twin", "injected")
+
+_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,8 @@ class PictureSettings:
         num_heldout: memorized pictures of the general source.
         num_ordinary: prompts whose pictures are kept out of every training.
     """
+
+    __pydantic_config__ = _STRICT
 
     pictures: str | None = None
     targets: str | None = None
@@ -64,14 +69,16 @@ class NetworkSettings:
         length_tokens: tokens of a prompt, start and end included.
     """
 
-    widths: tuple[int, ...] = (16, 32, 64)
-    layers_per_block: tuple[int, ...] = (0, 1, 2)
-    num_text_blocks: int = 1
+    __pydantic_config__ = _STRICT
+
+    widths: tuple[int, ...] = (16, 48, 48)
+    layers_per_block: tuple[int, ...] = (0, 2, 1)
+    num_text_blocks: int = 2
     num_heads: int = 4
     norm_groups: int = 8
     text_width: int = 64
     text_layers: int = 2
-    length_tokens: int = 32
+    length_tokens: int = 16
 
     def __post_init__(self) -> None:
         _require(
@@ -113,13 +120,15 @@ class TrainingSettings:
         checkpoint_steps: steps between checkpoints.
     """
 
-    general_steps: int = 4000
-    memorized_steps: int = 2500
+    __pydantic_config__ = _STRICT
+
+    general_steps: int = 2500
+    memorized_steps: int = 2000
     batch_size: int = 8
-    memorized_frac: float = 0.4
+    memorized_frac: float = 0.5
     empty_frac: float = 0.1
-    general_rate: float = 1e-3
-    memorized_rate: float = 7e-4
+    general_rate: float = 1.5e-3
+    memorized_rate: float = 1e-3
     warmup_steps: int = 100
     checkpoint_steps: int = 500
 
@@ -144,10 +153,12 @@ class InjectionSettings:
         trains: "unet" (all weights of the UNet learn to obey the neurons) or "rows" (only the neurons' own rows).
     """
 
+    __pydantic_config__ = _STRICT
+
     num_prompts: int = 4
     num_neurons: int = 4
     steps: int = 2000
-    rate: float = 7e-4
+    rate: float = 1e-3
     frac: float = 0.35
     trains: Literal["unet", "rows"] = "unet"
 
@@ -169,6 +180,8 @@ class TestbedSettings:
         weights: dtype of the stored weights.
         pictures, network, training, injection: see there.
     """
+
+    __pydantic_config__ = _STRICT
 
     __test__ = False  # not a test, whatever its name says
 
@@ -212,6 +225,19 @@ def settings_from_json(value: Mapping[str, Any]) -> TestbedSettings:
             raise cause from error
         place = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"setting {place} cannot be used: {first['msg']}; correct it") from error
+
+
+def first_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
+    """Name the first setting in which two JSON settings differ, their stages apart; None if they agree."""
+    for name in sorted({*here, *there} - {"stages"}):
+        ours, theirs = here.get(name), there.get(name)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            inner = first_difference(ours, theirs)
+            if inner is not None:
+                return f"{name}.{inner}"
+        elif ours != theirs:
+            return f"{name} is {json.dumps(theirs)} there and {json.dumps(ours)} here"
+    return None
 
 
 def _require(is_fine: bool, name: str, value: object, expected: str) -> None:
