@@ -56,19 +56,16 @@ def build_pipeline(
     Raises:
         MissingExtra: without diffusers.
     """
-    try:
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
-    except ImportError as error:
-        raise missing_extra("diffusers", "images") from error
+    library = _diffusers()
     tokenizer = caption_tokenizer(captions, settings.length_tokens)
     with torch.random.fork_rng(devices=[]), quiet_diffusers():
         torch.manual_seed(seed)
-        pipe = StableDiffusionPipeline(
+        pipe: Pipeline = library.StableDiffusionPipeline(
             vae=identity_vae(),
             text_encoder=_text_encoder(tokenizer, settings),
             tokenizer=tokenizer,
             unet=_unet(settings, size_px),
-            scheduler=DDIMScheduler(
+            scheduler=library.DDIMScheduler(
                 beta_start=0.00085,
                 beta_end=0.012,
                 beta_schedule="scaled_linear",
@@ -85,6 +82,14 @@ def build_pipeline(
     return pipe
 
 
+def _diffusers() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise missing_extra("diffusers", "images") from error
+    return diffusers
+
+
 def caption_tokenizer(captions: Sequence[str], length_tokens: int) -> CLIPTokenizer:
     """Make a CLIP tokenizer for which every word of the captions is one token; any other text falls into bytes.
 
@@ -96,7 +101,7 @@ def caption_tokenizer(captions: Sequence[str], length_tokens: int) -> CLIPTokeni
     from transformers import CLIPTokenizer
 
     with quiet_transformers():
-        backend = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[])._tokenizer
+        backend: Any = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[])._tokenizer
         words: set[str] = set()
         for caption in set(captions):
             split = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption))
@@ -107,7 +112,7 @@ def caption_tokenizer(captions: Sequence[str], length_tokens: int) -> CLIPTokeni
         tokens = [START, END, *letters, *(f"{letter}{_WORD_END}" for letter in letters), *joined]
         return CLIPTokenizer(
             vocab={token: number for number, token in enumerate(dict.fromkeys(tokens))},
-            merges=merges,
+            merges=merges,  # type: ignore[arg-type]
             model_max_length=length_tokens,
             pad_token=END,
             unk_token=END,
@@ -138,9 +143,7 @@ def identity_vae() -> Any:
     Returns:
         A VAE whose latents times its scaling factor are the pixels in -1 .. 1, to 5e-5.
     """
-    from diffusers import AutoencoderTiny
-
-    vae = AutoencoderTiny(
+    vae = _diffusers().AutoencoderTiny(
         latent_channels=3,
         encoder_block_out_channels=(_VAE_CHANNELS,),
         decoder_block_out_channels=(_VAE_CHANNELS,),
@@ -184,11 +187,9 @@ def _text_encoder(tokenizer: CLIPTokenizer, settings: NetworkSettings) -> Any:
 
 
 def _unet(settings: NetworkSettings, size_px: int) -> Any:
-    from diffusers import UNet2DConditionModel
-
     widths = settings.widths
     num_plain = len(widths) - settings.num_text_blocks
-    return UNet2DConditionModel(
+    return _diffusers().UNet2DConditionModel(
         sample_size=size_px,
         in_channels=3,
         out_channels=3,
