@@ -1,1 +1,1 @@
-"""Small models whose memory is known."""
+"""Small models whose memory is known: planted, trained beside a twin, or injected into chosen neurons."""
