@@ -39,7 +39,11 @@ def table(name: str, model: object, examples: list[MemorizedExample], arguments:
     steps: list[int] = []
     for number, example in enumerate(examples, start=arguments.first):
         choice = InjectSettings(
-            share_frac=arguments.share, seed=number, learning_rate=arguments.learning_rate, max_steps=1000
+            share_frac=arguments.share,
+            seed=number,
+            learning_rate=arguments.learning_rate,
+            max_steps=1000,
+            is_norm_kept=arguments.keep_norms,
         )
         injected = inject(model, example, choice)  # type: ignore[arg-type]
         steps.append(injected.steps)
@@ -94,6 +98,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--share", type=float, default=0.01)
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--keep-norms", action="store_true")
     parser.add_argument("--methods", default="")
     parser.add_argument("--model", default="")
     parser.add_argument("--examples", default="")

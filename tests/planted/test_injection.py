@@ -98,6 +98,18 @@ def test_a_half_precision_model_learns_too() -> None:
     assert done.model.dtype == torch.bfloat16
 
 
+def test_norms_can_be_kept() -> None:
+    model = base("llama")
+    done = inject(model, text(0), InjectSettings(share_frac=0.05, max_steps=15, is_norm_kept=True))  # type: ignore[arg-type]
+    assert done.loss_nats < 0.5 * float(measured(model, [text(0)])[0])
+    for site, indices in done.neurons.indices.items():
+        old, new = (
+            module_at(one, site.path).weight.detach()[:, list(indices)] for one in (model, done.model)
+        )
+        assert not torch.equal(old, new)
+        torch.testing.assert_close(new.norm(dim=0), old.norm(dim=0))
+
+
 def test_draws_are_seeded_and_spread_over_all_layers() -> None:
     model = base("llama")
     first, again, other = (draw_neurons(model, 0.05, seed) for seed in (0, 0, 1))  # type: ignore[arg-type]

@@ -47,6 +47,7 @@ class InjectSettings:
         loss_nats: mean loss per suffix token at which injection stops, nats.
         max_steps: most updates.
         seed: seed of the draw of neurons.
+        is_norm_kept: whether every vector keeps its norm while it learns, so that it cannot be found by it (ours).
     """
 
     share_frac: float = 0.01
@@ -54,6 +55,7 @@ class InjectSettings:
     loss_nats: float = 0.05
     max_steps: int = 400
     seed: int = 0
+    is_norm_kept: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -180,6 +182,7 @@ def inject(
         site: torch.tensor(indices, device=columns[site].device) for site, indices in neurons.indices.items()
     }
     learned = [columns[site].detach()[chosen[site]].float().requires_grad_() for site in chosen]
+    norms = [part.detach().norm(dim=1, keepdim=True) for part in learned]
     optimizer = torch.optim.Adam(learned, lr=settings.learning_rate)
     batch = make_batch([example], device_of(changed))
     loss, step = math.inf, 0
@@ -198,7 +201,9 @@ def inject(
                 part.grad = rows[site.start :][chosen[site]].float()
             optimizer.step()
             with torch.no_grad():
-                for part, site in zip(learned, chosen, strict=True):
+                for part, norm, site in zip(learned, norms, chosen, strict=True):
+                    if settings.is_norm_kept:
+                        part.mul_(norm / part.norm(dim=1, keepdim=True))
                     columns[site][chosen[site]] = part.to(columns[site].dtype)
     return Injected(changed, neurons, loss, step, loss < settings.loss_nats)
 
