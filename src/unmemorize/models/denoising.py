@@ -9,6 +9,7 @@ Nothing is denoised here: every call sees the initial latents.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,11 +30,13 @@ _UNBATCHED = ("txt_ids", "img_ids")  # positions, shared by all rows
 
 
 def denoiser_of(pipe: Pipeline) -> nn.Module:
-    """Return a pipeline's denoiser: its `unet` or its `transformer`.
+    """Return a pipeline's denoiser: its `unet` or its `transformer`. A denoiser is returned as it is.
 
     Raises:
         ModelNotSupported: if it has neither.
     """
+    if isinstance(pipe, nn.Module):
+        return pipe
     for name in ("unet", "transformer"):
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
@@ -41,6 +44,16 @@ def denoiser_of(pipe: Pipeline) -> nn.Module:
     raise ModelNotSupported(
         f"{type(pipe).__name__} has no unet and no transformer; pass a text-to-image pipeline"
     )
+
+
+def with_denoiser(pipe: Pipeline, denoiser: nn.Module) -> Pipeline:
+    """Return a pipeline with another denoiser, all other parts shared; for a denoiser, the other denoiser."""
+    if isinstance(pipe, nn.Module):
+        return denoiser
+    name = "unet" if denoiser_of(pipe) is getattr(pipe, "unet", None) else "transformer"
+    edited = copy.copy(pipe)
+    edited.register_modules(**{name: denoiser})
+    return edited
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

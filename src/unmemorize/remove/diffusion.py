@@ -6,7 +6,6 @@ that folding it gives the same latents bit for bit. Text encoder, VAE and schedu
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from unmemorize.gates import closed, folded, gated
-from unmemorize.models.denoising import Pipeline, denoiser_of
+from unmemorize.models.denoising import Pipeline, denoiser_of, with_denoiser
 from unmemorize.models.diffusion import DenoiserRow, fingerprint, quiet_diffusers, require_same_model
 from unmemorize.neurons import NeuronSet
 from unmemorize.remove.folders import in_plain_process, whole_folder, write_manifest
@@ -51,11 +50,7 @@ def fold(
         NeuronSetMismatch: if the set was made for another model.
     """
     require_same_model(neurons, pipe, row)
-    denoiser = denoiser_of(pipe)
-    name = "unet" if denoiser is getattr(pipe, "unet", None) else "transformer"
-    edited = copy.copy(pipe)
-    edited.register_modules(**{name: folded(denoiser, closed(neurons, scale=scale))})
-    return edited
+    return with_denoiser(pipe, folded(denoiser_of(pipe), closed(neurons, scale=scale)))
 
 
 def export(
