@@ -215,7 +215,8 @@ def plain_widths(pipe: Pipeline, row: DenoiserRow | None = None) -> dict[str, in
     denoiser: Any = denoiser_of(pipe)
     if not hasattr(denoiser, "from_config"):
         raise ModelNotSupported(
-            f"{type(denoiser).__name__} has no config of diffusers, which would name its plain widths; pass a diffusers model"
+            f"{type(denoiser).__name__} has no config of diffusers, which would tell its plain widths; pass a model of "
+            "diffusers"
         )
     with torch.device("meta"):
         plain = type(denoiser).from_config(denoiser.config)

@@ -1,7 +1,8 @@
-"""Removal from diffusion models: switch neurons off for a while, or fold that into the weights and export the pipeline.
+"""Removal from diffusion models: switch neurons off for a while, fold that into the weights, or cut them out.
 
 A gate on a value projection closes a row of it, bias included, for every position, step and half of a guided batch, so
-that folding it gives the same latents bit for bit. Text encoder, VAE and scheduler are shared with the original.
+that folding it gives the same latents bit for bit. Excising cuts a grown pool out, back to the widths that the
+denoiser's config says. Text encoder, VAE and scheduler are shared with the original.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from unmemorize.errors import ConfigError
+from unmemorize.files import whole_folder
 from unmemorize.gates import closed, folded, gated
+from unmemorize.models.denoiser_layers import find_places, has_plain_widths, plain_widths, resized
 from unmemorize.models.denoising import Pipeline, denoiser_of, with_denoiser
 from unmemorize.models.diffusion import DenoiserRow, fingerprint, quiet_diffusers, require_same_model
-from unmemorize.neurons import NeuronSet
-from unmemorize.remove.folders import in_plain_process, whole_folder, write_manifest
+from unmemorize.neurons import NeuronSet, Site
+from unmemorize.remove.folders import in_plain_process, write_manifest
 
 
 @contextmanager
@@ -53,6 +58,39 @@ def fold(
     return with_denoiser(pipe, folded(denoiser_of(pipe), closed(neurons, scale=scale)))
 
 
+def excise(pipe: Pipeline, neurons: NeuronSet, *, row: DenoiserRow | None = None) -> Pipeline:
+    """Return a pipeline without a set of neurons, its feed-forward blocks as wide as the denoiser's config says.
+
+    Hidden neurons are cut out; blocks that would become narrower than the config says are filled up with neurons of
+    zeros. Values are fixed in number by the heads, and folded.
+
+    Args:
+        pipe: the pipeline, or its denoiser; other parts are shared with the result.
+        neurons: the neurons to remove; of a grown model, at least as many per site as were grown.
+        row: site table row, for a denoiser that the table does not know.
+
+    Raises:
+        NeuronSetMismatch: if the set was made for another model.
+        ConfigError: if a block would stay wider than its config says, so that no ordinary folder describes it.
+    """
+    require_same_model(neurons, pipe, row)
+    widths = plain_widths(pipe, row)
+    chosen: dict[Site, Tensor] = {}
+    for place in find_places(pipe, row=row):
+        gone, plain = set(neurons.indices.get(place.site, ())), widths[place.site.path]
+        kept = [i for i in range(place.site.width) if i not in gone]
+        if len(kept) > plain:
+            raise ConfigError(
+                f"{place.site.path} would keep {len(kept)} neurons, its config says {plain}; remove the whole grown "
+                "pool (plan.pool()), or fold the neurons"
+            )
+        if gone:
+            chosen[place.site] = torch.tensor(kept + [-1] * (plain - len(kept)), dtype=torch.int64)
+    values = {site: indices for site, indices in neurons.indices.items() if site.side == "out"}
+    smaller = resized(pipe, chosen, row)
+    return with_denoiser(pipe, folded(smaller, closed(NeuronSet(neurons.model_id, values))))
+
+
 def export(
     pipe: Pipeline,
     folder: str | Path,
@@ -70,7 +108,13 @@ def export(
 
     Raises:
         RunFolderError: if the destination holds something, or cannot be written.
+        ConfigError: if the denoiser has grown sinks, which no config describes.
     """
+    if not has_plain_widths(pipe, row):
+        raise ConfigError(
+            "the denoiser has grown sinks, which its config does not describe, so that a folder would not load; excise "
+            "the pool first, or keep it with save_with_sinks"
+        )
     with whole_folder(folder) as partial:
         with quiet_diffusers():
             pipe.save_pretrained(partial)
