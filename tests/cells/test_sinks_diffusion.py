@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.utils.checkpoint import checkpoint
 
 from tests.reference.gated_denoiser import GateOf, gates_of, literal_sites
 from tests.tiny_diffusion import denoiser_arguments, tiny_pipeline
@@ -290,3 +297,37 @@ def test_backward_after_the_block_raises_with_checkpointing() -> None:
                 loss.backward()
         finally:
             denoiser.disable_gradient_checkpointing()
+
+
+def enable_reentrant(denoiser: Any) -> None:
+    denoiser.enable_gradient_checkpointing(
+        lambda module, *args: checkpoint(module, *args, use_reentrant=True, preserve_rng_state=False)
+    )
+
+
+def wrap_blocks(denoiser: Any) -> None:
+    blocks = {id(block) for block in denoiser.transformer_blocks}
+    apply_activation_checkpointing(
+        denoiser,
+        checkpoint_wrapper_fn=functools.partial(
+            checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT
+        ),
+        check_fn=lambda module: id(module) in blocks,
+    )
+
+
+@pytest.mark.parametrize("way", [enable_reentrant, wrap_blocks])
+def test_other_ways_of_checkpointing_keep_the_sinks(way: Any) -> None:
+    pipe = tiny_pipeline("pixart")
+    denoiser, arguments = denoiser_of(pipe), denoiser_arguments(pipe, 2)
+    plan = sinks_for(denoiser)
+    arguments["hidden_states"].requires_grad_(True)  # what reentrant checkpointing asks for
+    with training_sinks(denoiser, plan):
+        expected = [run(denoiser, arguments, sink_ids=ids)[1] for ids in (FIRST, SECOND)]
+    way(denoiser)
+    with training_sinks(denoiser, plan):
+        denoiser.zero_grad()
+        losses = [loss_of(denoiser, arguments, sink_ids=ids) for ids in (FIRST, SECOND)]
+        for loss in losses:
+            loss.backward()
+    assert_close(gradients(denoiser), [a + b for a, b in zip(*expected, strict=True)])
