@@ -74,7 +74,7 @@ def test_many_pictures_cross_the_chunks() -> None:
 def test_kinds() -> None:
     pictures = [picture(0), encoded_again(picture(0)), picture(1)]
     assert picture_ids(pictures) == [picture_id(p) for p in pictures]
-    assert picture_ids(pictures, "near") == near_duplicate_picture_ids(pictures)
+    assert picture_ids(pictures, "near-duplicate") == near_duplicate_picture_ids(pictures)
     assert picture_ids(pictures, "source", sources=["a", "a", "b"]) == [source_id(n) for n in "aab"]
 
 

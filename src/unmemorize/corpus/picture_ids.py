@@ -1,12 +1,12 @@
 """Ids of pictures: from exact content, from near-duplicate groups, or from named sources. Torch-free.
 
-    exact    first 63 bits of SHA-256(height, width, pixels)
-    near     pictures whose thumbnails (16 x 16 means of 8-bit colour) differ by less than a threshold, root mean square
+    content           first 63 bits of SHA-256(height, width, pixels)
+    near-duplicate    pictures whose thumbnails (16 x 16 means) differ by less than a threshold, root mean square
 
 Exact copies share an id whatever their file name or format, as long as they decode to the same pixels. Copies that
 were encoded again or scaled differ in every pixel; thumbnails find them. How far apart copy and stranger are depends on
 the pictures: for photographs and drawings of 64 pixels the default of 0.03 tells them apart, for icons of 32 pixels no
-threshold does, and exact ids are the right choice (numbers in docs/gotchas.md). Crops, mirror images and changed
+threshold does, and ids from content are the right choice (numbers in docs/gotchas.md). Crops, mirror images and changed
 colours are not found.
 
 Source: ours. An existing hashing library (ImageHash) was passed over because it brings SciPy and PyWavelets.
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from unmemorize.errors import ConfigError, DataError
 from unmemorize.ids import ID_MAX, Groups, source_id
 
-PictureIdKind = Literal["exact", "near", "source"]
+PictureIdKind = Literal["content", "near-duplicate", "source"]
 Pixels = NDArray[np.uint8]
 
 THUMBNAIL_PX = 16
@@ -33,7 +33,7 @@ _CHUNK_ROWS = 1024
 
 def picture_ids(
     pictures: Sequence[Pixels],
-    kind: PictureIdKind = "exact",
+    kind: PictureIdKind = "content",
     *,
     sources: Sequence[str] | None = None,
     threshold_frac: float = 0.03,
@@ -42,9 +42,9 @@ def picture_ids(
 
     Args:
         pictures: N pictures, each uint8 of shape (height, width, 3), red, green, blue, 0 to 255.
-        kind: "exact" (same pixels), "near" (near duplicates share an id) or "source" (named sources).
+        kind: "content" (same pixels), "near-duplicate" (those share an id) or "source" (named sources).
         sources: for "source": the name of each picture's source.
-        threshold_frac: for "near": see `near_duplicate_picture_ids`.
+        threshold_frac: for "near-duplicate": see `near_duplicate_picture_ids`.
 
     Returns:
         N ids, 1 .. 2**63 - 1.
@@ -53,12 +53,12 @@ def picture_ids(
         ConfigError: if the kind is unknown, a setting is out of range, or sources are missing.
         DataError: if a picture has another shape or dtype.
     """
-    if kind == "exact":
+    if kind == "content":
         return [picture_id(picture) for picture in pictures]
-    if kind == "near":
+    if kind == "near-duplicate":
         return near_duplicate_picture_ids(pictures, threshold_frac=threshold_frac)
     if kind != "source":
-        raise ConfigError(f"unknown kind of id {kind!r}; expected exact, near or source")
+        raise ConfigError(f"unknown kind of id {kind!r}; expected content, near-duplicate or source")
     if sources is None or len(sources) != len(pictures) or not all(sources):
         raise ConfigError(
             f"ids from sources need a name for each of the {len(pictures)} pictures; pass sources="
@@ -82,7 +82,7 @@ def picture_id(pixels: Pixels) -> int:
 
 
 def near_duplicate_picture_ids(pictures: Sequence[Pixels], *, threshold_frac: float = 0.03) -> list[int]:
-    """Give near duplicates one id: that of the group's member with the smallest exact id.
+    """Give near duplicates one id: that of the group's member with the smallest content id.
 
     Groups are the connected components of pairs whose thumbnails differ by less than the threshold, so that a group's
     two most distant members may differ by more. Every pair is compared, so that the time grows with the square of N.

@@ -210,6 +210,48 @@ def encoded(pipe: Pipeline, prompts: Sequence[str]) -> Tensor:
     return states
 
 
+@torch.no_grad()
+def conditions(pipe: Pipeline, prompts: Sequence[str], *, size_px: int | None = None) -> dict[str, Any]:
+    """Return what a pipeline hands its denoiser beside latents and timestep, one row a prompt, without guidance.
+
+    Args:
+        pipe: any text-to-image pipeline.
+        prompts: N prompts, encoded by the pipeline itself.
+        size_px: height and width of the picture in pixels; by default the pipeline's own.
+
+    Returns:
+        Arguments of the denoiser by name: tensors of N rows, also inside dictionaries; None is left out.
+    """
+    denoiser, arguments = _first_call(pipe, list(prompts), 1, [torch.Generator()], 1, 0.0, size_px)
+    names = list(inspect.signature(denoiser.forward).parameters)
+    skipped = {names[0], "timestep", "return_dict"}
+    return {name: value for name, value in arguments.items() if name not in skipped and value is not None}
+
+
+def picked(value: Any, rows: Tensor, num_rows: int, name: str = "") -> Any:
+    """Pick rows of every tensor of `num_rows` rows, inside nested dictionaries too."""
+    if isinstance(value, Mapping):
+        return {key: picked(part, rows, num_rows, str(key)) for key, part in value.items()}
+    if (
+        isinstance(value, Tensor)
+        and value.dim() > 0
+        and value.shape[0] == num_rows
+        and name not in _UNBATCHED
+    ):
+        return value[rows.to(value.device)]
+    return value
+
+
+def joined(parts: Sequence[Any], name: str = "") -> Any:
+    """Put the rows of several `conditions` one after another."""
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return {key: joined([part[key] for part in parts], str(key)) for key in first}
+    if isinstance(first, Tensor) and first.dim() > 0 and name not in _UNBATCHED:
+        return torch.cat(list(parts))
+    return first
+
+
 def _first_call(
     pipe: Pipeline,
     prompts: list[str],

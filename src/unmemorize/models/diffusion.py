@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -271,9 +272,13 @@ def _from_folder(pipeline_class: Any, source: str | Path, dtype: torch.dtype | N
         extra = {name: None for name in optional if name in named and not (Path(source) / name).is_dir()}
         if "safety_checker" in extra:
             extra["requires_safety_checker"] = False
-    with quiet_diffusers():
+    if dtype is not None:
+        extra["torch_dtype"] = dtype
+    with quiet_diffusers(), warnings.catch_warnings():
+        # Newer releases of diffusers call it dtype and warn; older ones do not know the new name.
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
         try:
-            return pipeline_class.from_pretrained(str(source), torch_dtype=dtype, **extra)
+            return pipeline_class.from_pretrained(str(source), **extra)
         except Exception as error:  # every reader underneath raises its own kind
             text = str(error).strip().splitlines()
             raise ModelNotSupported(
