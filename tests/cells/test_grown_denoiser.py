@@ -23,7 +23,7 @@ from unmemorize.isolate.diffusion import grow, plan_sinks, pool_slices, sink_sta
 from unmemorize.isolate.optimizer import isolated_optimizer
 from unmemorize.isolate.plan import SinkPlan, SinkSettings
 from unmemorize.isolate.sink_files import load_with_sinks, save_with_sinks
-from unmemorize.models.denoiser_layers import find_places, has_plain_widths
+from unmemorize.models.denoiser_layers import find_places, has_plain_widths, resized
 from unmemorize.models.denoising import denoiser_of
 from unmemorize.models.diffusion import DenoiserRow, fingerprint
 from unmemorize.neurons import NeuronSet
@@ -34,11 +34,16 @@ NUM = 6
 OPTIONS: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64}
 
 
-def grown(kind: str) -> tuple[Any, SinkPlan]:
+HEAD = 8  # divides by the sizes of all heads of the tiny denoisers (UNets 4 and 8, PixArt 8)
+BOTH = ("hidden", "values")
+
+
+def grown(kind: str, kinds: Any = ("hidden",)) -> tuple[Any, SinkPlan]:
     """A pipeline whose grown columns are no longer zero, as after training, and its plan."""
-    pipe = grow(tiny_pipeline(kind), NUM)
-    settings = SinkSettings(share_frac=1.0, grown=NUM, active_frac=None, sinks_per_id=2)
-    plan = plan_sinks(pipe, settings)
+    num = NUM if kinds == ("hidden",) else HEAD
+    pipe = grow(tiny_pipeline(kind), num, kinds=kinds)
+    settings = SinkSettings(share_frac=1.0, grown=num, active_frac=None, sinks_per_id=2)
+    plan = plan_sinks(pipe, settings, kinds=kinds)
     with torch.no_grad():
         for parameter, axis, pool in pool_slices(pipe, plan):
             part = parameter.narrow(axis, pool.start, pool.stop - pool.start)
@@ -75,6 +80,36 @@ def test_growing_leaves_the_function_unchanged_and_excising_undoes_it(kind: str)
     assert has_plain_widths(cut)
     assert_same(denoiser_of(cut).state_dict(), weights)
     assert_same(denoiser_of(grow(pipe, NUM, seed=3)).state_dict(), denoiser_of(wider).state_dict())
+
+
+@pytest.mark.parametrize("kind", ["sd1", "pixart"])
+def test_heads_grow_and_come_out_again(kind: str, tmp_path: Path) -> None:
+    pipe = tiny_pipeline(kind)
+    wider = grow(pipe, HEAD, kinds=BOTH)
+    torch.testing.assert_close(prediction(wider), prediction(pipe), atol=1e-6, rtol=0)
+    for new, old in zip(find_places(wider, ("values",)), find_places(pipe, ("values",)), strict=True):
+        assert new.site.width == old.site.width + HEAD and new.head_size == old.head_size
+        assert (new.linear.weight[old.site.width :] != 0).any() and (
+            new.reader.weight[:, old.site.width :] == 0
+        ).all()
+    wider, plan = grown(kind, BOTH)
+    names = {id(p): name for name, p in denoiser_of(wider).named_parameters()}
+    parts = {
+        names[id(p)].rpartition("attn2.")[2]
+        for p, _, _ in pool_slices(wider, plan)
+        if "attn2" in names[id(p)]
+    }
+    assert {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"} <= parts
+    with sink_state(wider, plan, "off"):
+        off = prediction(wider)
+    assert not torch.allclose(prediction(wider), off, atol=1e-3)
+    cut = excise(wider, plan.pool())
+    assert has_plain_widths(cut) and not has_plain_widths(wider)
+    assert_same(denoiser_of(cut).state_dict(), denoiser_of(pipe).state_dict())
+    torch.testing.assert_close(prediction(cut), off, atol=2e-6, rtol=0)
+    loaded, plan_there = load_with_sinks(save_with_sinks(wider, plan, tmp_path / "run"))
+    assert plan_there == plan and fingerprint(loaded) == fingerprint(wider)
+    torch.testing.assert_close(prediction(loaded), prediction(wider), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["pixart", "flux"])
@@ -145,13 +180,19 @@ def test_mistakes_are_named() -> None:
     pipe = tiny_pipeline("pixart")
     with pytest.raises(ConfigError, match="cannot grow 0 sinks, expected 1 or more"):
         grow(pipe, 0)
-    with pytest.raises(ConfigError, match="the number of values is fixed by the heads"):
-        grow(pipe, 2, kinds=("values",))
+    with pytest.raises(
+        ConfigError, match="cannot grow 6 values at .*attn2.to_v, whose heads have 8; use a number"
+    ):
+        grow(pipe, 6, kinds=("values",))
+    with pytest.raises(ModelNotSupported, match="what reads its values reads others too"):
+        grow(tiny_pipeline("sd3"), 8, kinds=("values",))
+    with pytest.raises(
+        ConfigError, match="has heads of 8 values, and 12 of them were chosen; choose whole heads"
+    ):
+        resized(pipe, {find_places(pipe, ("values",))[0].site: torch.arange(12)})
     settings = SinkSettings(share_frac=1.0, grown=NUM)
-    with pytest.raises(ConfigError, match=r"has 64 neurons, expected 64 and 6 grown; call grow\(model, 6\)"):
+    with pytest.raises(ConfigError, match=r"has 64 neurons, expected 64 and 6 grown; call grow\(model, 6, "):
         plan_sinks(pipe, settings)
-    with pytest.raises(ConfigError, match="values cannot be grown"):
-        plan_sinks(pipe, settings, kinds=("values",))
     wider, plan = grown("pixart")
     some = NeuronSet(plan.model_id, {plan.sites[0].site: (66, 67)})
     with pytest.raises(
@@ -184,10 +225,12 @@ def test_mistakes_are_named() -> None:
 # the optimizer
 
 
-@pytest.mark.parametrize("kind", ["sd1", "flux"])
+@pytest.mark.parametrize("kind", ["sd1", "pixart", "flux"])
 def test_sinks_without_gradient_are_bit_identical(kind: str) -> None:
     if kind == "sd1":
         pipe, plan = grown(kind)
+    elif kind == "pixart":
+        pipe, plan = grown(kind, BOTH)
     else:
         pipe = tiny_pipeline(kind)
         plan = plan_sinks(pipe, SinkSettings(share_frac=0.5), kinds=("hidden", "values"))

@@ -69,18 +69,13 @@ def plan_sinks(
     sites = [place.site for place in find_places(pipe, kinds, blocks=blocks, row=row)]
     originals = [site.width for site in sites]
     if settings.grown:
-        if "values" in kinds:
-            raise ConfigError(
-                "values cannot be grown, because heads fix their number; carve them with share_frac, or grow hidden "
-                "neurons only"
-            )
         plain = plain_widths(pipe, row)
         originals = [plain[site.path] for site in sites]
         for site, width in zip(sites, originals, strict=True):
             if site.width != width + settings.grown:
                 raise ConfigError(
                     f"{site.path} has {site.width} neurons, expected {width} and {settings.grown} grown; "
-                    f"call grow(model, {settings.grown}) on the plain model before plan_sinks"
+                    f"call grow(model, {settings.grown}, kinds={tuple(kinds)}) on the plain model before plan_sinks"
                 )
     return make_plan(sites, originals, signature(pipe, row), settings)
 
@@ -94,15 +89,16 @@ def grow(
     seed: int = 0,
     row: DenoiserRow | None = None,
 ) -> Pipeline:
-    """Return a copy of a denoiser with fresh neurons appended to every feed-forward block; its function is unchanged.
+    """Return a copy of a denoiser with fresh neurons appended at every site; its function is unchanged.
 
-    What makes the new neurons is random (uniform up to 1 / sqrt(inputs), as torch initializes a linear layer, biases
-    0); the columns that read them are 0, so that the copy computes what the model computed until they train.
+    Hidden neurons are appended one by one; values by whole heads with queries and keys of their own, in cross-attention
+    only. What makes the new neurons is random (uniform up to 1 / sqrt(inputs), as torch initializes a linear layer,
+    biases 0); the columns that read them are 0, so that the copy computes what the model computed until they train.
 
     Args:
         pipe: the denoiser or its pipeline, left untouched; a pipeline's other parts are shared with the copy.
-        num_sinks: neurons to append per site, at least 1.
-        kinds: ("hidden",); values cannot be grown.
+        num_sinks: neurons to append per site, at least 1; for values a multiple of the size of every head.
+        kinds: which sites grow: hidden, values, or both.
         seed: seed of the new rows.
         row: site table row, for a denoiser that the table does not know.
 
@@ -111,27 +107,30 @@ def grow(
         `save_with_sinks`.
 
     Raises:
-        ConfigError: if `num_sinks` is below 1, or values are to grow.
-        ModelNotSupported: if a layer has an adapter or is quantized.
+        ConfigError: if `num_sinks` is below 1, or not a number of whole heads.
+        ModelNotSupported: if a layer has an adapter or is quantized, or values are read together with others (SD 3,
+            Flux).
 
     Source: ours.
     """
     if num_sinks < 1:
         raise ConfigError(f"cannot grow {num_sinks} sinks, expected 1 or more")
-    if tuple(kinds) != ("hidden",):
-        raise ConfigError(
-            "only hidden neurons can grow: the number of values is fixed by the heads; carve values with share_frac"
-        )
-    places = find_places(pipe, row=row)
+    places = find_places(pipe, kinds, row=row)
+    for place in places:
+        if num_sinks % place.head_size:
+            raise ConfigError(
+                f"cannot grow {num_sinks} values at {place.site.path}, whose heads have {place.head_size}; use a "
+                "number that all heads divide"
+            )
     fresh = torch.full((num_sinks,), -1)
     wider = resized(pipe, {p.site: torch.cat([torch.arange(p.site.width), fresh]) for p in places}, row)
     generator = torch.Generator().manual_seed(seed)
-    for old, new in zip(places, find_places(wider, row=row), strict=True):
-        for maker in new.makers:
-            weight = cast("Tensor", maker.weight)
-            for start in new.starts:
-                rows = torch.rand(num_sinks, weight.shape[1], generator=generator) * 2 - 1
-                weight[start + old.site.width : start + new.site.width] = rows / weight.shape[1] ** 0.5
+    for old, new in zip(places, find_places(wider, kinds, row=row), strict=True):
+        fresh_neurons = slice(old.site.width, new.site.width)
+        for parameter, axis, rows in pool_parameters(new, fresh_neurons, num_plain=old.site.width):
+            if axis == 0 and parameter.dim() == 2:
+                values = torch.rand(num_sinks, parameter.shape[1], generator=generator) * 2 - 1
+                parameter[rows] = (values / parameter.shape[1] ** 0.5).to(parameter)
     return with_denoiser(pipe, wider)
 
 
@@ -273,10 +272,14 @@ def pool_slices(
         (parameter, axis, slice) triples: rows of what makes the sinks with their biases, columns of what reads them.
     """
     places = _places(pipe, plan, row)
+    has_values = any(place.site.side == "out" for place in places)
+    plain = plain_widths(pipe, row) if has_values and hasattr(denoiser_of(pipe), "from_config") else {}
     return [
         part
         for place, sinks in zip(places, plan.sites, strict=True)
-        for part in pool_parameters(place, slice(sinks.num_shared, sinks.site.width))
+        for part in pool_parameters(
+            place, slice(sinks.num_shared, sinks.site.width), num_plain=plain.get(place.site.path)
+        )
     ]
 
 

@@ -29,8 +29,9 @@ from unmemorize.models.denoiser_layers import (
     resized,
 )
 from unmemorize.models.denoising import Pipeline, denoiser_of, with_denoiser
-from unmemorize.models.diffusion import DenoiserRow, load, quiet_diffusers, signature
+from unmemorize.models.diffusion import DenoiserRow, Kind, load, quiet_diffusers, signature
 
+_KINDS: tuple[Kind, ...] = ("values", "hidden")
 PLAN_FILE, POOL_FILE = "sinks.json", "sinks.safetensors"
 
 
@@ -57,7 +58,7 @@ def save_with_sinks(
             f"the plan was made for {plan.model_id}, this model is {ours}; save the plan the model was trained with"
         )
     widths = plain_widths(pipe, row)
-    grown = [p for p in find_places(pipe, row=row) if p.site.width != widths[p.site.path]]
+    grown = [p for p in find_places(pipe, _KINDS, row=row) if p.site.width != widths[p.site.path]]
     tensors = {name: part.contiguous() for name, part in _grown_parts(grown, widths)}
     kept = {place.site: torch.arange(widths[place.site.path]) for place in grown}
     plain = with_denoiser(pipe, resized(pipe, kept, row)) if grown else pipe
@@ -98,14 +99,14 @@ def load_with_sinks(
     pipe = load(folder, row=row, dtype=dtype, run_check=False)
     widths = plain_widths(pipe, row)
     wider = {}
-    for place in find_places(pipe, row=row):
+    for place in find_places(pipe, _KINDS, row=row):
         reader = pool.get(f"{place.site.path}.reader.weight")
         if reader is not None:
             fresh = torch.full((reader.shape[1],), -1)
             wider[place.site] = torch.cat([torch.arange(place.site.width), fresh])
     if wider:
         pipe = with_denoiser(pipe, resized(pipe, wider, row))
-        places = [p for p in find_places(pipe, row=row) if p.site.width != widths[p.site.path]]
+        places = [p for p in find_places(pipe, _KINDS, row=row) if p.site.width != widths[p.site.path]]
         _fill(places, widths, pool, pool_file)
     if signature(pipe, row) != plan.model_id:
         raise FileFormatError(
@@ -123,7 +124,7 @@ def _grown_parts(places: list[DenoiserSite], widths: dict[str, int]) -> Iterator
             raise ConfigError(
                 f"{place.site.path} has {width} neurons, fewer than the {first} of its config; expected a grown model"
             )
-        parts = pool_parameters(place, slice(first, width))
+        parts = pool_parameters(place, slice(first, width), num_plain=first)
         half = -1
         for parameter, axis, pool in parts[:-1]:
             half += parameter.dim() == 2

@@ -72,7 +72,7 @@ class PictureTrainSettings:
     mixture: MixtureSettings | None = None
     """Which pictures are repeated, seen once and kept back; None to train on all pictures as they come."""
     kinds: tuple[Kind, ...] = ("hidden",)
-    """Where sinks are: hidden, values, or both (values only if nothing grows)."""
+    """Where sinks are: hidden, values, or both."""
     blocks: tuple[str, ...] | None = None
     """Groups of blocks that get sinks; all by default."""
     empty_caption_frac: float = 0.1
@@ -317,7 +317,7 @@ def _with_plan(
         return pipe, None
     sinks, settings = method.settings.sinks, material.settings
     if sinks.grown:
-        pipe = grow(pipe, sinks.grown, seed=seed)
+        pipe = grow(pipe, sinks.grown, kinds=settings.kinds, seed=seed)
     plan = plan_sinks(pipe, sinks, kinds=settings.kinds, blocks=settings.blocks)
     if plan.scheme == "disjoint":
         owners = material.sink_ids(method)

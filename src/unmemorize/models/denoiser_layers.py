@@ -2,14 +2,16 @@
 
     makers -> neuron -> reader        feed-forward: net.0.proj -> hidden neuron -> net.2
     hidden neurons                    rows of the makers (both halves of a gated unit), columns of the reader
+    heads                             rows of queries, keys and values, columns of what reads them
     values                            rows of the value projection, columns of what reads them and nothing else
 
 With activation checkpointing diffusers runs parts of a denoiser again during backward: each `Transformer2DModel` of a
 UNet does so for its blocks, a transformer for all of its own. A site's `layer` is the nearest module around it that
 does.
 
-`resized` changes the width of feed-forward blocks. diffusers' configs have no entry for it, so that a denoiser with
-other widths than its config's (`plain_widths`) cannot be saved as an ordinary folder; nothing here saves.
+`resized` changes the width of feed-forward blocks and the number of heads of cross-attention. diffusers' configs do
+not describe single blocks, so that a denoiser with other widths than its config's (`plain_widths`) cannot be saved as
+an ordinary folder; nothing here saves.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,7 @@ class DenoiserSite:
         layer: nearest module around it that is run again under activation checkpointing.
         makers: layers whose rows make hidden neurons; empty for values, and where the table row names none.
         reader: layer whose columns read the values, if it reads nothing else; None for hidden neurons.
+        attention: the module whose values they are; None for hidden neurons.
     """
 
     site: Site
@@ -46,6 +49,13 @@ class DenoiserSite:
     layer: nn.Module
     makers: tuple[nn.Module, ...]
     reader: nn.Module | None
+    attention: nn.Module | None
+
+    @property
+    def head_size(self) -> int:
+        """Neurons that must be resized together: those of a head for values, else 1."""
+        heads = 0 if self.attention is None else int(getattr(self.attention, "heads", 0))
+        return self.site.width // heads if heads else 1
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -97,6 +107,7 @@ def _place(denoiser: nn.Module, site: Site, row: DenoiserRow) -> DenoiserSite:
         _runs_again(denoiser, site.path),
         (beside,) if is_hidden and beside is not None else (),
         None if is_hidden else beside,
+        None if is_hidden else module_at(denoiser, site.path.rpartition(".")[0]),
     )
 
 
@@ -109,15 +120,19 @@ def _runs_again(denoiser: nn.Module, path: str) -> nn.Module:
     return denoiser
 
 
-def pool_parameters(place: DenoiserSite, pool: slice) -> list[tuple[nn.Parameter, int, slice]]:
+def pool_parameters(
+    place: DenoiserSite, pool: slice, *, num_plain: int | None = None
+) -> list[tuple[nn.Parameter, int, slice]]:
     """List the parts of parameters that belong to some neurons of a site and to no others.
 
     Args:
         place: the site.
         pool: first and last neuron of the site.
+        num_plain: neurons before growing, if there were fewer: queries and keys of grown heads belong to the pool.
 
     Returns:
-        (parameter, axis, slice) triples. Values that the picture contributes too (joint attention) own their rows only.
+        (parameter, axis, slice) triples; what reads the neurons is last. Values that the picture contributes too (joint
+        attention) own their rows only.
 
     Raises:
         ModelNotSupported: if the table row does not say what makes the hidden neurons.
@@ -126,6 +141,9 @@ def pool_parameters(place: DenoiserSite, pool: slice) -> list[tuple[nn.Parameter
     own = slice(start + pool.start, start + pool.stop)
     if place.site.side == "out":
         parts = _rows(place.linear, own)
+        if num_plain is not None and pool.stop > num_plain:
+            grown = slice(max(pool.start, num_plain), pool.stop)
+            parts += [part for maker in _queries_and_keys(place) for part in _rows(maker, grown)]
         if place.reader is not None:
             parts.append((_weight(place.reader), 1, own))
         return parts
@@ -143,6 +161,20 @@ def pool_parameters(place: DenoiserSite, pool: slice) -> list[tuple[nn.Parameter
     return [*parts, (_weight(place.linear), 1, own)]
 
 
+def _queries_and_keys(place: DenoiserSite) -> tuple[nn.Module, nn.Module]:
+    attention = place.attention
+    if place.reader is None or attention is None or place.head_size == 1:
+        raise ModelNotSupported(
+            f"the heads of {place.site.path} cannot grow, because what reads its values reads others too; grow hidden "
+            "neurons, or carve values with share_frac"
+        )
+    if getattr(attention, "norm_q", None) is not None:
+        raise ModelNotSupported(
+            f"the heads of {place.site.path} cannot grow, because its queries are normalized; grow hidden neurons"
+        )
+    return cast("tuple[nn.Module, nn.Module]", (attention.to_q, attention.to_k))
+
+
 def _rows(linear: nn.Module, rows: slice) -> list[tuple[nn.Parameter, int, slice]]:
     bias = getattr(linear, "bias", None)
     return [(_weight(linear), 0, rows), *([(bias, 0, rows)] if isinstance(bias, nn.Parameter) else [])]
@@ -156,38 +188,69 @@ def _weight(linear: nn.Module) -> nn.Parameter:
 
 @torch.no_grad()
 def resized(pipe: Pipeline, selections: Mapping[Site, Tensor], row: DenoiserRow | None = None) -> nn.Module:
-    """Return a copy of a denoiser in which feed-forward blocks consist of chosen neurons; everything else is equal.
+    """Return a copy of a denoiser in which blocks consist of chosen neurons; everything else is equal.
 
     Args:
         pipe: the pipeline, or its denoiser; left untouched.
-        selections: hidden site -> int64 tensor of shape (new width,): the old neuron that each new one copies, or -1
-            for a neuron of zeros.
+        selections: site -> int64 tensor of shape (new width,): the old neuron that each new one copies, or -1 for a
+            neuron of zeros. Values are chosen by whole heads.
         row: site table row, for a denoiser that the table does not know.
 
     Raises:
-        ConfigError: if a block of sinks or gates is open on the denoiser.
-        ModelNotSupported: if a layer has an adapter or is quantized, or the table row does not name the makers.
+        ConfigError: if a block of sinks or gates is open on the denoiser, or values are not chosen by whole heads.
+        ModelNotSupported: if a layer has an adapter or is quantized, the table row does not name the makers, or heads
+            share what reads them.
     """
     require_closed(denoiser_of(pipe))
     copied = copy.deepcopy(denoiser_of(pipe))
-    for place in find_places(copied, row=row):
+    for place in find_places(copied, ("values", "hidden"), row=row):
         if place.site not in selections:
             continue
-        chosen, width = selections[place.site], place.site.width
-        pool_parameters(place, slice(0, width))  # raises if the makers are unknown
-        for linear in (*place.makers, place.linear):
+        chosen, start = selections[place.site], place.site.start
+        rows, columns = _layers_to_resize(place)
+        for linear in (*rows, columns):
             if not is_plain_linear(linear):
                 raise ModelNotSupported(
                     f"cannot resize {place.site.path}: a {type(linear).__name__} is more than a weight; merge its "
                     "adapter or dequantize it first"
                 )
-        for maker in place.makers:
-            halves = [torch.where(chosen < 0, -1, chosen + start) for start in place.starts]
-            _select(maker, torch.cat(halves), 0)
-        _select(
-            place.linear, torch.cat([torch.arange(place.site.start), _shifted(chosen, place.site.start)]), 1
-        )
+        for linear in rows:
+            _select(linear, torch.cat([_shifted(chosen, half) for half in place.starts]), 0)
+        _select(columns, torch.cat([torch.arange(start), _shifted(chosen, start)]), 1)
+        if place.attention is not None:
+            _set_heads(place, chosen)
     return copied
+
+
+def _layers_to_resize(place: DenoiserSite) -> tuple[tuple[nn.Module, ...], nn.Module]:
+    """Return the layers of a site whose rows change, and the one whose columns do."""
+    if place.site.side == "out":
+        queries_and_keys = _queries_and_keys(place)
+        assert place.reader is not None
+        return (place.linear, *queries_and_keys), place.reader
+    pool_parameters(place, slice(0, place.site.width))  # raises if the makers are unknown
+    return place.makers, place.linear
+
+
+def _set_heads(place: DenoiserSite, chosen: Tensor) -> None:
+    attention, size = cast("Any", place.attention), place.head_size
+    heads = chosen.reshape(-1, size) if len(chosen) % size == 0 else chosen.new_zeros(0, size)
+    within = torch.arange(size)
+    is_whole = (heads == -1).all(1) | (
+        (heads % size == within).all(1) & (heads // size == heads[:, :1] // size).all(1)
+    )
+    if not len(heads) or not bool(is_whole.all()):
+        raise ConfigError(
+            f"{place.site.path} has heads of {size} values, and {len(chosen)} of them were chosen; choose whole heads"
+        )
+    attention.heads = len(heads)
+    for name, value in (
+        ("inner_dim", len(chosen)),
+        ("inner_kv_dim", len(chosen)),
+        ("sliceable_head_dim", len(heads)),
+    ):
+        if hasattr(attention, name):
+            setattr(attention, name, value)
 
 
 def _shifted(chosen: Tensor, start: int) -> Tensor:
@@ -207,7 +270,7 @@ def _select(linear: nn.Module, chosen: Tensor, axis: int) -> None:
 
 
 def plain_widths(pipe: Pipeline, row: DenoiserRow | None = None) -> dict[str, int]:
-    """Return how many hidden neurons a denoiser's config gives each site: path -> width.
+    """Return how many neurons a denoiser's config gives each site: path -> width.
 
     Raises:
         ModelNotSupported: if the denoiser has no config of diffusers.
@@ -220,10 +283,12 @@ def plain_widths(pipe: Pipeline, row: DenoiserRow | None = None) -> dict[str, in
         )
     with torch.device("meta"):
         plain = type(denoiser).from_config(denoiser.config)
-    return {place.site.path: place.site.width for place in find_places(plain, row=row or row_for(pipe))}
+    places = find_places(plain, ("values", "hidden"), row=row or row_for(pipe))
+    return {place.site.path: place.site.width for place in places}
 
 
 def has_plain_widths(pipe: Pipeline, row: DenoiserRow | None = None) -> bool:
     """Tell whether a denoiser has the widths that its config says, so that an ordinary folder describes it."""
     widths = plain_widths(pipe, row)
-    return all(place.site.width == widths[place.site.path] for place in find_places(pipe, row=row))
+    places = find_places(pipe, ("values", "hidden"), row=row)
+    return all(place.site.width == widths[place.site.path] for place in places)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def fold(
 def excise(pipe: Pipeline, neurons: NeuronSet, *, row: DenoiserRow | None = None) -> Pipeline:
     """Return a pipeline without a set of neurons, its feed-forward blocks as wide as the denoiser's config says.
 
-    Hidden neurons are cut out; blocks that would become narrower than the config says are filled up with neurons of
-    zeros. Values are fixed in number by the heads, and folded.
+    Hidden neurons and grown heads are cut out; blocks that would become narrower than the config says are filled up
+    with neurons of zeros. Values of heads that were not grown are folded.
 
     Args:
         pipe: the pipeline, or its denoiser; other parts are shared with the result.
@@ -76,19 +77,27 @@ def excise(pipe: Pipeline, neurons: NeuronSet, *, row: DenoiserRow | None = None
     require_same_model(neurons, pipe, row)
     widths = plain_widths(pipe, row)
     chosen: dict[Site, Tensor] = {}
-    for place in find_places(pipe, row=row):
-        gone, plain = set(neurons.indices.get(place.site, ())), widths[place.site.path]
-        kept = [i for i in range(place.site.width) if i not in gone]
-        if len(kept) > plain:
+    values: dict[Site, tuple[int, ...]] = {}
+    for place in find_places(pipe, ("values", "hidden"), row=row):
+        site, plain = place.site, widths[place.site.path]
+        gone = set(neurons.indices.get(site, ()))
+        kept = [i for i in range(site.width) if i not in gone]
+        # Heads are cut as a whole, so that of values the grown ones go, and others are zeroed where they are.
+        stays = [i for i in kept if i >= plain] if site.side == "out" else kept[plain:]
+        if stays:
             raise ConfigError(
-                f"{place.site.path} would keep {len(kept)} neurons, its config says {plain}; remove the whole grown "
+                f"{site.path} would keep {plain + len(stays)} neurons, its config says {plain}; remove the whole grown "
                 "pool (plan.pool()), or fold the neurons"
             )
-        if gone:
-            chosen[place.site] = torch.tensor(kept + [-1] * (plain - len(kept)), dtype=torch.int64)
-    values = {site: indices for site, indices in neurons.indices.items() if site.side == "out"}
+        if site.side == "in" and gone:
+            chosen[site] = torch.tensor(kept + [-1] * (plain - len(kept)), dtype=torch.int64)
+        elif site.side == "out":
+            if site.width > plain:
+                chosen[site] = torch.arange(plain)
+            values[replace(site, width=plain)] = tuple(sorted(i for i in gone if i < plain))
     smaller = resized(pipe, chosen, row)
-    return with_denoiser(pipe, folded(smaller, closed(NeuronSet(neurons.model_id, values))))
+    left = {site: indices for site, indices in values.items() if indices}
+    return with_denoiser(pipe, folded(smaller, closed(NeuronSet(neurons.model_id, left))))
 
 
 def export(
