@@ -6,6 +6,7 @@ at most; none of these models knows anything.
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from pathlib import Path
@@ -291,3 +292,20 @@ _BUILDERS: dict[str, Any] = {
     "sd3": _sd3,
     "sdxl": _sdxl,
 }
+
+
+def denoiser_arguments(pipe: Any, num_rows: int) -> dict[str, Any]:
+    """What a pipeline hands its denoiser for so many prompts without guidance; pictures of 64 pixels."""
+    from unmemorize.gates import first_arguments
+    from unmemorize.models.denoising import denoiser_of
+
+    denoiser = denoiser_of(pipe)
+    options: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 64, "width": 64}
+    if isinstance(pipe, PixArtSigmaPipeline):
+        options |= {"use_resolution_binning": False, "clean_caption": False}
+    prompts = [" ".join(WORDS[i : i + 4]) for i in range(num_rows)]
+    with torch.no_grad():
+        args, kwargs = first_arguments(
+            denoiser, lambda: pipe(prompt=prompts, generator=torch.Generator().manual_seed(0), **options)
+        )
+    return dict(inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments) | {"return_dict": False}

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from unmemorize.errors import ConfigError, IdsMissing, ModelNotSupported, ShapeMismatch, SitesNotFound
-from unmemorize.neurons import NeuronSet, Site
+from unmemorize.neurons import NeuronSet, Side, Site
 
 _PAYLOAD = "unmemorize_payload"
 
@@ -120,7 +120,9 @@ def gated(model: nn.Module, gates: Mapping[Site, Tensor]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for site, gate in gates.items():
-            stack.callback(_on_side(module_at(model, site.path), site, _gate_with(gate, site.start)).remove)
+            stack.callback(
+                _on_side(module_at(model, site.path), site.side, _gate_with(gate, site.start)).remove
+            )
         yield
 
 
@@ -135,8 +137,18 @@ def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, list
                 record[site].append(channels[..., site.start : site.start + site.width].detach())
                 return channels
 
-            stack.callback(_on_side(module_at(model, site.path), site, keep).remove)
+            stack.callback(_on_side(module_at(model, site.path), site.side, keep).remove)
         yield record
+
+
+def require_closed(model: nn.Module) -> None:
+    """Raise `ConfigError` if a block of this file is open on a model, since a copy would keep its hooks for ever."""
+    for module in model.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", None) == __name__ for hook in hooks):
+            raise ConfigError(
+                "a gate or sink block is open on this model; close it before making a folded copy"
+            )
 
 
 def folded(model: nn.Module, gates: Mapping[Site, Tensor]) -> nn.Module:
@@ -150,12 +162,7 @@ def folded(model: nn.Module, gates: Mapping[Site, Tensor]) -> nn.Module:
         ConfigError: if a block of this file is open on the model, since the copy would keep its hooks for ever.
         ModelNotSupported: if a layer has an adapter or is quantized, so that its weight is not all it computes with.
     """
-    for module in model.modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if any(getattr(hook, "__module__", None) == __name__ for hook in hooks):
-            raise ConfigError(
-                "a gate or sink block is open on this model; close it before making a folded copy"
-            )
+    require_closed(model)
     for site in gates:
         linear = module_at(model, site.path)
         if not is_plain_linear(linear):
@@ -180,9 +187,9 @@ def _gate_with(gate: Tensor, start: int) -> Callable[[Tensor], Tensor]:
     return lambda channels: apply_gate(channels, gate, start)
 
 
-def _on_side(linear: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) -> Any:
+def _on_side(linear: nn.Module, side: Side, change: Callable[[Tensor], Tensor]) -> Any:
     """Run `change` on the input or the output of a layer; returns the hook's handle."""
-    if site.side == "in":
+    if side == "in":
         return linear.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
     return linear.register_forward_hook(lambda _, __, output: change(output))
 
@@ -190,7 +197,7 @@ def _on_side(linear: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) 
 # Carrying a payload from a model's call to its layers. Three routes exist because no single one reaches a layer that
 # runs again during backward everywhere: (1) transformers hands unknown keyword arguments to every decoder layer, and
 # torch's own checkpoint wrappers call the layer again with them (the layer inside a wrapper is hooked, and the wrapper
-# is handed the payload); (2) models that drop keyword arguments (GPT-Neo) read the call that is under way;
+# is handed the payload); (2) models that drop keyword arguments (GPT-Neo, diffusers) read the call that is under way;
 # (3) transformers' built-in checkpointing runs the layer's *inner* forward again, where no hook of the layer fires, so
 # the checkpoint function itself is wrapped to put the payload back.
 
@@ -358,7 +365,16 @@ def changed_inputs(changes: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> I
     """Pass the first input of each module through a function while the block is open."""
     with ExitStack() as stack:
         for module, change in changes.items():
-            stack.callback(_on_side(module, Site("x", "in", 1), change).remove)
+            stack.callback(_on_side(module, "in", change).remove)
+        yield
+
+
+@contextmanager
+def changed_outputs(changes: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Pass the output of each module through a function while the block is open."""
+    with ExitStack() as stack:
+        for module, change in changes.items():
+            stack.callback(_on_side(module, "out", change).remove)
         yield
 
 

@@ -79,7 +79,7 @@ def near_duplicate_ids(
     index = RMinHashLSH(
         threshold=threshold_frac, num_perm=num_permutations, num_bands=num_permutations // _ROWS_PER_BAND
     )
-    groups = _Groups(different)
+    groups = Groups(different)
     signatures: dict[int, Any] = {}
     keys = list(different)
     for number, (key, text) in enumerate(different.items()):
@@ -99,13 +99,14 @@ def _shingles(text: str, num_words: int) -> list[str]:
     return [" ".join(words[i : i + num_words]) for i in range(max(1, len(words) - num_words + 1))]
 
 
-class _Groups:
+class Groups:
     """Disjoint sets of ids, each named by its smallest member."""
 
     def __init__(self, ids: Iterable[int]) -> None:
         self._parent = {key: key for key in ids}
 
     def canonical(self, key: int) -> int:
+        """Return the smallest id of the set that an id is in."""
         parent = self._parent
         while parent[key] != key:
             parent[key] = parent[parent[key]]
@@ -113,5 +114,6 @@ class _Groups:
         return key
 
     def join(self, first: int, second: int) -> None:
+        """Unite the sets of two ids."""
         low, high = sorted((self.canonical(first), self.canonical(second)))
         self._parent[high] = low

@@ -21,8 +21,9 @@ from unmemorize.errors import (
     UnmemorizeError,
 )
 from unmemorize.gates import capture, closed, gated
-from unmemorize.isolate.language import grow, plan_sinks, rescale_factor, sink_state, training_sinks
+from unmemorize.isolate.language import grow, plan_sinks, sink_state, training_sinks
 from unmemorize.isolate.plan import SinkPlan, SinkSettings
+from unmemorize.isolate.states import rescale_factor
 from unmemorize.models.language import find_mlps, resized
 
 BATCH, LENGTH = 2, 5

@@ -11,9 +11,10 @@ import torch
 
 from tests.tiny_diffusion import WORDS, _clip, _ddim, _unet, _vae, clip_tokenizer
 from unmemorize.gates import module_at
+from unmemorize.models.denoising import with_denoiser
 from unmemorize.models.diffusion import find_sites, fingerprint
 from unmemorize.neurons import NeuronSet
-from unmemorize.remove.diffusion import fold, with_denoiser
+from unmemorize.remove.diffusion import fold
 from unmemorize.remove.diffusion_edits import edit_figures, edit_values
 from unmemorize.remove.diffusion_moments import collect_second_moments, text_states
 

@@ -24,23 +24,20 @@ from unmemorize.gates import Conditioning, changed_inputs, conditioned, is_trans
 from unmemorize.isolate.layers import (
     Gates,
     Rows,
-    check_ids,
-    distinct,
     gathered_forwards,
     gathered_payload,
-    masked_input,
+    masked,
     masked_payload,
     pool_gates,
 )
 from unmemorize.isolate.plan import SinkPlan, SinkSettings, make_plan
+from unmemorize.isolate.states import Rescale, State, state_gates
 from unmemorize.models.language import MlpRow, find_mlps, resized, signature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Compute = Literal["masked", "gathered"]
-State = Literal["off", "own", "foreign", "all"]
-Rescale = Literal["none", "published", "mass"]
 
 KEY = "sink_ids"
 
@@ -186,52 +183,33 @@ def sink_state(
         IdsMissing: inside the block, if own or foreign have no ids.
         NeuronSetMismatch: if the plan was made for another architecture.
     """
-    if state not in ("off", "own", "foreign", "all"):
-        raise ConfigError(f"unknown state {state!r}; expected off, own, foreign or all")
-    fixed = ids
-
-    def encode(ids: Tensor | None, training: bool) -> Gates:
-        ids = fixed if ids is None else ids
-        if state in ("off", "all"):
-            owners, index = torch.zeros(1, dtype=torch.int64), None
-        elif ids is None:
-            raise IdsMissing(f"state {state!r} needs ids; pass ids= to sink_state or sink_ids= to the call")
-        else:
-            owners, index = distinct(check_ids(ids))
-            if state == "foreign":
-                owners = torch.where(owners > 0, plan.foreign_ids(owners.clamp(min=1), candidates), 0)
-        return Gates(_state_tables(plan, state, owners, tuple(exclude), rescale), index)
-
+    encode = state_gates(plan, state, ids, tuple(exclude), candidates, rescale)
     with _attached(model, plan, encode, row, is_gathered=False):
         yield
 
 
-def rescale_factor(plan: SinkPlan, rescale: Rescale) -> float:
-    """Return the multiplier of shared neurons, unitless (g and p are those of the plan's first site)."""
-    place = plan.sites[0]
-    share = place.num_shared / place.site.width
-    active = plan.active_frac if plan.active_frac is not None else place.num_sinks / place.num_pool
-    factors = {"none": 1.0, "published": (share + active) / share if share else 1.0}
-    factors["mass"] = (share + (1 - share) * active) / share if share else 1.0
-    if rescale not in factors:
-        raise ConfigError(f"unknown rescale {rescale!r}; expected none, published or mass")
-    return factors[rescale]
+def pool_slices(
+    model: nn.Module, plan: SinkPlan, row: MlpRow | None = None
+) -> list[tuple[nn.Parameter, int, slice]]:
+    """List the parts of a model's parameters that belong to sinks.
 
-
-def _state_tables(
-    plan: SinkPlan, state: State, owners: Tensor, exclude: tuple[int, ...], rescale: Rescale
-) -> list[Tensor]:
-    tables = pool_gates(plan, owners, shared_scale=rescale_factor(plan, rescale))
-    closed_ids = torch.tensor(exclude, dtype=torch.int64, device=owners.device)
-    for number, place in enumerate(plan.sites):
-        if number and tables[number] is tables[0]:
-            continue
-        pool = tables[number][:, place.num_shared :]
-        if state == "all":
-            pool.copy_(plan.ownership_frac(number))
-        if exclude:
-            pool[:, plan.mask(closed_ids, number).any(0)] = 0.0
-    return tables
+    Returns:
+        (parameter, axis, slice) triples: rows of the first projections with their biases, columns of the last.
+    """
+    parts: list[tuple[nn.Parameter, int, slice]] = []
+    mlps = {mlp.site: mlp for mlp in find_mlps(model, row)}
+    for place in plan.sites:
+        mlp = mlps[place.site]
+        width = place.site.width
+        for linear in mlp.up:
+            for start in (0, width) if mlp.is_fused else (0,):
+                pool = slice(start + place.num_shared, start + width)
+                parts.append((_parameter(linear, "weight"), 1 if is_transposed(linear) else 0, pool))
+                if linear.bias is not None:
+                    parts.append((_parameter(linear, "bias"), 0, pool))
+        pool = slice(place.num_shared, width)
+        parts.append((_parameter(mlp.down, "weight"), 0 if is_transposed(mlp.down) else 1, pool))
+    return parts
 
 
 @contextmanager
@@ -261,10 +239,16 @@ def _attached(
             if is_gathered:
                 forwards.update(gathered_forwards(mlp, place.num_shared, number, payload))
             else:
-                inputs[mlp.down] = masked_input(payload, number)
+                inputs[mlp.down] = masked(payload, number)
         with changed_inputs(inputs), replaced_forwards(forwards):
             yield
 
 
 def _payload_of(conditioning: Conditioning, layer: int) -> Callable[[], Gates | Rows]:
     return lambda: conditioning.payload(layer)
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    parameter = getattr(module, name)
+    assert isinstance(parameter, nn.Parameter)
+    return parameter

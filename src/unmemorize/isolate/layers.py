@@ -1,4 +1,4 @@
-"""Computing an MLP with sinks: two implementations of one layer.
+"""Computing a layer with sinks: masked for every site, and gathered for the MLPs of language models.
 
 For a token of document d with hidden neurons h, shared neurons 0 .. S-1 and sinks S .. F-1:
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ from torch.nn import functional
 from unmemorize.errors import ConfigError, IdError, ShapeMismatch
 from unmemorize.gates import apply_gate, is_plain_linear, is_transposed
 from unmemorize.isolate.plan import SinkPlan
-from unmemorize.models.language import Mlp
+
+if TYPE_CHECKING:
+    from unmemorize.models.language import Mlp
 
 
 @dataclass
@@ -52,7 +55,13 @@ class Gates:
         self._first = [addresses.index(address) for address in addresses]
 
     def gate(self, site: int, like: Tensor) -> Tensor:
-        """Return the gate of a site in the dtype and device of `like`: (F,), (B, 1, F) or (B, T, F)."""
+        """Return the gate of a site in the dtype and device of `like`: (F,), (B, 1, F) or (B, T, F).
+
+        Raises:
+            ShapeMismatch: if there are ids for other rows than `like` has.
+        """
+        if self.index is not None:
+            require_fit(tuple(self.index.shape), like)
         key = (self._first[site], like.dtype, like.device)
         if key not in self._expanded:
             table = self.tables[site].to(device=like.device, dtype=like.dtype)
@@ -151,12 +160,15 @@ def pool_gates(plan: SinkPlan, owners: Tensor, *, shared_scale: float = 1.0) -> 
         Per site shape (N, F), float32; the same tensor object for all sites of a uniform plan.
     """
     present = owners > 0
+    # One draw serves all sites of a uniform plan, also where their widths differ.
+    common = plan.mask(owners[present]).to(torch.float32) if plan.is_uniform else None
 
     def table(number: int) -> Tensor:
         place = plan.sites[number]
         gates = torch.zeros(len(owners), place.site.width, dtype=torch.float32, device=owners.device)
         gates[:, : place.num_shared] = shared_scale
-        gates[present, place.num_shared :] = plan.mask(owners[present], number).to(torch.float32)
+        owned = plan.mask(owners[present], number).to(torch.float32) if common is None else common
+        gates[present, place.num_shared :] = owned
         return gates
 
     return _per_site(plan, table)
@@ -216,15 +228,13 @@ def _layout(index: Tensor, num_documents: int) -> tuple[Tensor, Tensor]:
     return slots, places
 
 
-def masked_input(payload_of: Callable[[], Gates | Rows], site: int) -> Callable[[Tensor], Tensor]:
-    """Return the change of the last projection's input that closes foreign sinks."""
+def masked(payload_of: Callable[[], Gates | Rows], site: int, start: int = 0) -> Callable[[Tensor], Tensor]:
+    """Return the change of a layer's input or output that closes foreign sinks; the site begins at channel `start`."""
 
-    def change(hidden: Tensor) -> Tensor:
+    def change(channels: Tensor) -> Tensor:
         gates = payload_of()
         assert isinstance(gates, Gates)
-        if gates.index is not None:
-            require_fit(tuple(gates.index.shape), hidden)
-        return apply_gate(hidden, gates.gate(site, hidden))
+        return apply_gate(channels, gates.gate(site, channels), start)
 
     return change
 

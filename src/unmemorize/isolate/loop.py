@@ -22,6 +22,7 @@ from torch import nn
 from unmemorize.errors import CheckpointMismatch, ConfigError, FileFormatError, RunFolderError
 from unmemorize.files import append_json_line, read_json, read_json_lines, write_atomic, write_json
 from unmemorize.isolate.checkpoints import Standing, load_checkpoint, newest_checkpoint, write_checkpoint
+from unmemorize.isolate.engine import make_accelerator
 from unmemorize.isolate.language import sink_state, training_sinks
 from unmemorize.isolate.methods import Half, Method, RoutedGradients
 from unmemorize.isolate.optimizer import isolated_optimizer
@@ -183,38 +184,6 @@ def read_training(folder: Path, identity: Mapping[str, str] | None = None) -> Tr
         return TrainedRun(folder=folder, **{name: value[name] for name in names})
     except KeyError as error:
         raise FileFormatError(f"{folder / TRAINING_FILE} lacks {error}; train the model again") from error
-
-
-def make_accelerator(
-    records: RecordSettings, *, device: str = "auto", folder: Path | None = None
-) -> Accelerator:
-    """Make the accelerator of a command: one process, or those that `accelerate launch` or torchrun started.
-
-    Raises:
-        ConfigError: under sharded engines, which need a loop of their own around `training_sinks`, or if the tracker is
-            unknown or not installed.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType, ProjectConfiguration
-
-    project = (
-        None if folder is None else ProjectConfiguration(str(folder), logging_dir=str(folder / "tracker"))
-    )
-    try:
-        accelerator = Accelerator(cpu=device == "cpu", log_with=records.tracker, project_config=project)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(
-            f"tracker {records.tracker!r} cannot be used: {error}; install it or leave it out"
-        ) from error
-    if records.tracker is not None and not accelerator.log_with:
-        raise ConfigError(f"tracker {records.tracker!r} is not installed; install it or leave it out")
-    alike = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in alike:
-        raise ConfigError(
-            f"training under {accelerator.distributed_type.value} is not supported; use DDP, or your own loop inside "
-            "training_sinks"
-        )
-    return accelerator
 
 
 class _Training:

@@ -15,39 +15,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from importlib import import_module
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from unmemorize.errors import ConfigError
-from unmemorize.gates import is_transposed
 from unmemorize.isolate.plan import SinkPlan
-from unmemorize.models.language import MlpRow, find_mlps
+
+_FAMILIES = ("diffusion", "language")
 
 
-def pool_slices(
-    model: nn.Module, plan: SinkPlan, row: MlpRow | None = None
-) -> list[tuple[nn.Parameter, int, slice]]:
-    """List the parts of a model's parameters that belong to sinks.
+def pool_slices(model: nn.Module, plan: SinkPlan, row: Any = None) -> list[tuple[nn.Parameter, int, slice]]:
+    """List the parts of a model's parameters that belong to sinks, whichever family the plan is for.
 
     Returns:
-        (parameter, axis, slice) triples: rows of the first projections with their biases, columns of the last.
+        (parameter, axis, slice) triples: what makes the sinks (rows, with their biases) and what reads them (columns).
     """
-    parts: list[tuple[nn.Parameter, int, slice]] = []
-    mlps = {mlp.site: mlp for mlp in find_mlps(model, row)}
-    for place in plan.sites:
-        mlp = mlps[place.site]
-        width = place.site.width
-        for linear in mlp.up:
-            for start in (0, width) if mlp.is_fused else (0,):
-                pool = slice(start + place.num_shared, start + width)
-                parts.append((_parameter(linear, "weight"), 1 if is_transposed(linear) else 0, pool))
-                if linear.bias is not None:
-                    parts.append((_parameter(linear, "bias"), 0, pool))
-        pool = slice(place.num_shared, width)
-        parts.append((_parameter(mlp.down, "weight"), 0 if is_transposed(mlp.down) else 1, pool))
-    return parts
+    family = plan.model_id.partition("/")[0]
+    if family not in _FAMILIES:
+        raise ConfigError(
+            f"the plan is for {plan.model_id}, expected a model of family {' or '.join(_FAMILIES)}; "
+            "use a plan made by plan_sinks"
+        )
+    # By name, because the families do not know each other and this file serves both.
+    slices = import_module(f"unmemorize.isolate.{family}").pool_slices(model, plan, row)
+    return cast("list[tuple[nn.Parameter, int, slice]]", slices)
 
 
 @contextmanager
@@ -57,7 +51,7 @@ def isolated_optimizer(
     plan: SinkPlan,
     *,
     sink_learning_rate_scale: float = 1.0,
-    row: MlpRow | None = None,
+    row: Any = None,
 ) -> Iterator[None]:
     """While the block is open, `optimizer.step()` leaves sinks without gradient bit-identical.
 
@@ -141,9 +135,3 @@ def _held_here(parameter: nn.Parameter, axis: int, pool: slice) -> slice:
     mine = mine.movedim(axis, 0).flatten(1)[:, 0] if data.dim() > 1 else mine
     inside = ((mine >= pool.start) & (mine < pool.stop)).nonzero()
     return slice(int(inside.min()), int(inside.max()) + 1) if len(inside) else slice(0, 0)
-
-
-def _parameter(module: nn.Module, name: str) -> nn.Parameter:
-    parameter = getattr(module, name)
-    assert isinstance(parameter, nn.Parameter)
-    return parameter

@@ -22,12 +22,12 @@ import torch
 from unmemorize.corpus import Document, Mixture, mix, read_corpus
 from unmemorize.errors import ConfigError, ModelNotSupported, RunFolderError
 from unmemorize.files import read_json, write_atomic, write_json
+from unmemorize.isolate.engine import make_accelerator
 from unmemorize.isolate.language import grow, plan_sinks
 from unmemorize.isolate.loop import (
     TRAINING_FILE,
     Job,
     TrainedRun,
-    make_accelerator,
     read_training,
     train_method,
 )
@@ -82,7 +82,7 @@ def train(
     """
     out = Path(out)
     accelerator = make_accelerator(settings.records, device=settings.device, folder=out)
-    refuse_other_run(out, settings)
+    refuse_other_run(out, settings.to_json())
     material = _prepare(settings, out, progress)
     if not (out / CONFIG_FILE).is_file():
         _check_plans(material)

@@ -9,6 +9,7 @@ Nothing is denoised here: every call sees the initial latents.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,11 +31,13 @@ _UNBATCHED = ("txt_ids", "img_ids")  # positions, shared by all rows
 
 
 def denoiser_of(pipe: Pipeline) -> nn.Module:
-    """Return a pipeline's denoiser: its `unet` or its `transformer`.
+    """Return a pipeline's denoiser: its `unet` or its `transformer`. A denoiser is returned as it is.
 
     Raises:
         ModelNotSupported: if it has neither.
     """
+    if isinstance(pipe, nn.Module):
+        return pipe
     for name in ("unet", "transformer"):
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
@@ -42,6 +45,16 @@ def denoiser_of(pipe: Pipeline) -> nn.Module:
     raise ModelNotSupported(
         f"{type(pipe).__name__} has no unet and no transformer; pass a text-to-image pipeline"
     )
+
+
+def with_denoiser(pipe: Pipeline, denoiser: nn.Module) -> Pipeline:
+    """Return a pipeline with another denoiser, all other parts shared; for a denoiser, the other denoiser."""
+    if isinstance(pipe, nn.Module):
+        return denoiser
+    name = "unet" if denoiser_of(pipe) is getattr(pipe, "unet", None) else "transformer"
+    edited = copy.copy(pipe)
+    edited.register_modules(**{name: denoiser})
+    return edited
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +237,48 @@ def text_arguments(pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
     """Return every argument of the denoiser's first call for N prompts, by name. No denoiser pass is made."""
     _, arguments = _first_call(pipe, list(prompts), 1, [torch.Generator()], _NUM_STEPS, 0.0, None)
     return arguments
+
+
+@torch.no_grad()
+def conditions(pipe: Pipeline, prompts: Sequence[str], *, size_px: int | None = None) -> dict[str, Any]:
+    """Return what a pipeline hands its denoiser beside latents and timestep, one row a prompt, without guidance.
+
+    Args:
+        pipe: any text-to-image pipeline.
+        prompts: N prompts, encoded by the pipeline itself.
+        size_px: height and width of the picture in pixels; by default the pipeline's own.
+
+    Returns:
+        Arguments of the denoiser by name: tensors of N rows, also inside dictionaries; None is left out.
+    """
+    denoiser, arguments = _first_call(pipe, list(prompts), 1, [torch.Generator()], _NUM_STEPS, 0.0, size_px)
+    names = list(inspect.signature(denoiser.forward).parameters)
+    skipped = {names[0], "timestep", "return_dict"}
+    return {name: value for name, value in arguments.items() if name not in skipped and value is not None}
+
+
+def picked(value: Any, rows: Tensor, num_rows: int, name: str = "") -> Any:
+    """Pick rows of every tensor of `num_rows` rows, inside nested dictionaries too."""
+    if isinstance(value, Mapping):
+        return {key: picked(part, rows, num_rows, str(key)) for key, part in value.items()}
+    if (
+        isinstance(value, Tensor)
+        and value.dim() > 0
+        and value.shape[0] == num_rows
+        and name not in _UNBATCHED
+    ):
+        return value[rows.to(value.device)]
+    return value
+
+
+def joined(parts: Sequence[Any], name: str = "") -> Any:
+    """Put the rows of several `conditions` one after another."""
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return {key: joined([part[key] for part in parts], str(key)) for key in first}
+    if isinstance(first, Tensor) and first.dim() > 0 and name not in _UNBATCHED:
+        return torch.cat(list(parts))
+    return first
 
 
 def _first_call(

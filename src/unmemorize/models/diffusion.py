@@ -37,6 +37,9 @@ from unmemorize.neurons import NeuronSet, Site
 
 Kind = Literal["values", "hidden"]
 
+_WRAPPER = (
+    "_checkpoint_wrapped_module."  # torch's checkpoint wrapper hands attributes through, names of modules not
+)
 _CHECK_LATENT = 8  # side of the latent that the self-check runs on
 
 
@@ -49,6 +52,9 @@ class DenoiserRow:
         default_blocks: groups that are searched unless others are named.
         values: ends of the paths of the text's value projections.
         hidden: ends of the paths of the linear layers that read feed-forward hidden neurons.
+        makers: for each of `hidden`, the end of the path of the layer that makes those neurons; may be left empty, but
+            then sinks can be neither grown nor kept from drifting.
+        readers: for each of `values`, the end of the path of the layer that reads these values and no others, or "".
         text_projection: path of the module that the text passes before it reaches the values; "" if none.
         has_joint_values: whether the values depend on the picture too.
     """
@@ -57,6 +63,8 @@ class DenoiserRow:
     default_blocks: tuple[str, ...]
     values: tuple[str, ...]
     hidden: tuple[str, ...]
+    makers: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
     text_projection: str = ""
     has_joint_values: bool = False
 
@@ -67,6 +75,7 @@ ROWS: dict[str, DenoiserRow] = {
         default_blocks=("joint",),
         values=("attn.add_v_proj",),
         hidden=("ff.net.2", "ff_context.net.2", "proj_out"),
+        makers=("ff.net.0.proj", "ff_context.net.0.proj", "proj_mlp"),
         has_joint_values=True,
     ),
     "PixArtTransformer2DModel": DenoiserRow(
@@ -74,6 +83,8 @@ ROWS: dict[str, DenoiserRow] = {
         default_blocks=("blocks",),
         values=("attn2.to_v",),
         hidden=("ff.net.2",),
+        makers=("ff.net.0.proj",),
+        readers=("attn2.to_out.0",),
         text_projection="caption_projection",
     ),
     "SD3Transformer2DModel": DenoiserRow(
@@ -81,6 +92,7 @@ ROWS: dict[str, DenoiserRow] = {
         default_blocks=("joint",),
         values=("attn.add_v_proj",),
         hidden=("ff.net.2", "ff_context.net.2"),
+        makers=("ff.net.0.proj", "ff_context.net.0.proj"),
         has_joint_values=True,
     ),
     "UNet2DConditionModel": DenoiserRow(
@@ -88,6 +100,8 @@ ROWS: dict[str, DenoiserRow] = {
         default_blocks=("down", "mid"),
         values=("attn2.to_v",),
         hidden=("ff.net.2",),
+        makers=("ff.net.0.proj",),
+        readers=("attn2.to_out.0",),
     ),
 }
 
@@ -153,7 +167,8 @@ def find_sites(
     ends = row.values if kind == "values" else row.hidden
     sites: list[Site] = []
     for name in (name for name, _ in row.blocks if name in chosen):
-        inside = [path for path, _ in denoiser.named_modules() if path.startswith(f"{groups[name]}.")]
+        paths = [path.replace(_WRAPPER, "") for path, _ in denoiser.named_modules()]
+        inside = [path for path in dict.fromkeys(paths) if path.startswith(f"{groups[name]}.")]
         found = [path for path in inside if any(path.endswith(f".{end}") for end in ends)]
         sites += [_site(denoiser, path, kind) for path in sorted(found, key=_running_order)]
     if not sites:

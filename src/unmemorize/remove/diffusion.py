@@ -1,33 +1,30 @@
-"""Removal from diffusion models: switch neurons off for a while, or fold that into the weights and export the pipeline.
+"""Removal from diffusion models: switch neurons off for a while, fold that into the weights, or cut them out.
 
 A gate on a value projection closes a row of it, bias included, for every position, step and half of a guided batch, so
-that folding it gives the same latents bit for bit. Text encoder, VAE and scheduler are shared with the original.
+that folding it gives the same latents bit for bit. Excising cuts a grown pool out, back to the widths that the
+denoiser's config says. Text encoder, VAE and scheduler are shared with the original.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from unmemorize.errors import CheckpointMismatch
-from unmemorize.files import read_json
+from unmemorize.errors import CheckpointMismatch, ConfigError
+from unmemorize.files import read_json, whole_folder
 from unmemorize.gates import closed, folded, gated
-from unmemorize.models.denoising import Pipeline, denoiser_of
+from unmemorize.models.denoiser_layers import find_places, has_plain_widths, plain_widths, resized
+from unmemorize.models.denoising import Pipeline, denoiser_of, with_denoiser
 from unmemorize.models.diffusion import DenoiserRow, fingerprint, load, quiet_diffusers, require_same_model
-from unmemorize.neurons import NeuronSet
-from unmemorize.remove.folders import (
-    REMOVAL_FORMAT,
-    REMOVAL_VERSION,
-    in_plain_process,
-    whole_folder,
-    write_manifest,
-)
+from unmemorize.neurons import NeuronSet, Site
+from unmemorize.remove.folders import REMOVAL_FORMAT, REMOVAL_VERSION, in_plain_process, write_manifest
 from unmemorize.remove.undo import UNDO_FILE, load_original_rows, save_original_rows
 
 
@@ -63,12 +60,45 @@ def fold(
     return with_denoiser(pipe, folded(denoiser_of(pipe), closed(neurons, scale=scale)))
 
 
-def with_denoiser(pipe: Pipeline, denoiser: nn.Module) -> Pipeline:
-    """Return a pipeline with another denoiser; the other parts are shared with the original."""
-    name = "unet" if denoiser_of(pipe) is getattr(pipe, "unet", None) else "transformer"
-    changed = copy.copy(pipe)
-    changed.register_modules(**{name: denoiser})
-    return changed
+def excise(pipe: Pipeline, neurons: NeuronSet, *, row: DenoiserRow | None = None) -> Pipeline:
+    """Return a pipeline without a set of neurons, its feed-forward blocks as wide as the denoiser's config says.
+
+    Hidden neurons and grown heads are cut out; blocks that would become narrower than the config says are filled up
+    with neurons of zeros. Values of heads that were not grown are folded.
+
+    Args:
+        pipe: the pipeline, or its denoiser; other parts are shared with the result.
+        neurons: the neurons to remove; of a grown model, at least as many per site as were grown.
+        row: site table row, for a denoiser that the table does not know.
+
+    Raises:
+        NeuronSetMismatch: if the set was made for another model.
+        ConfigError: if a block would stay wider than its config says, so that no ordinary folder describes it.
+    """
+    require_same_model(neurons, pipe, row)
+    widths = plain_widths(pipe, row)
+    chosen: dict[Site, Tensor] = {}
+    values: dict[Site, tuple[int, ...]] = {}
+    for place in find_places(pipe, ("values", "hidden"), row=row):
+        site, plain = place.site, widths[place.site.path]
+        gone = set(neurons.indices.get(site, ()))
+        kept = [i for i in range(site.width) if i not in gone]
+        # Heads are cut as a whole, so that of values the grown ones go, and others are zeroed where they are.
+        stays = [i for i in kept if i >= plain] if site.side == "out" else kept[plain:]
+        if stays:
+            raise ConfigError(
+                f"{site.path} would keep {plain + len(stays)} neurons, its config says {plain}; remove the whole grown "
+                "pool (plan.pool()), or fold the neurons"
+            )
+        if site.side == "in" and gone:
+            chosen[site] = torch.tensor(kept + [-1] * (plain - len(kept)), dtype=torch.int64)
+        elif site.side == "out":
+            if site.width > plain:
+                chosen[site] = torch.arange(plain)
+            values[replace(site, width=plain)] = tuple(sorted(i for i in gone if i < plain))
+    smaller = resized(pipe, chosen, row)
+    left = {site: indices for site, indices in values.items() if indices}
+    return with_denoiser(pipe, folded(smaller, closed(NeuronSet(neurons.model_id, left))))
 
 
 def export(
@@ -94,7 +124,13 @@ def export(
     Raises:
         ConfigError: if the original is of another architecture or dtype.
         RunFolderError: if the destination holds something, or cannot be written.
+        ConfigError: if the denoiser has grown sinks, which no config describes.
     """
+    if not has_plain_widths(pipe, row):
+        raise ConfigError(
+            "the denoiser has grown sinks, which its config does not describe, so that a folder would not load; excise "
+            "the pool first, or keep it with save_with_sinks"
+        )
     with whole_folder(folder) as partial:
         with quiet_diffusers():
             pipe.save_pretrained(partial)

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from unmemorize.errors import ConfigError, DataError, ModelNotSupported
 from unmemorize.gates import folded, is_plain_linear, module_at
-from unmemorize.models.denoising import Pipeline, denoiser_of
+from unmemorize.models.denoising import Pipeline, denoiser_of, with_denoiser
 from unmemorize.models.diffusion import DenoiserRow, find_sites, require_same_model, row_for
 from unmemorize.neurons import NeuronSet, Site
-from unmemorize.remove.diffusion import with_denoiser
 from unmemorize.remove.diffusion_moments import (
     marked_positions,
     require_text,

@@ -1,17 +1,15 @@
-"""What every family's removal shares: a model folder that appears whole, and a process without this library."""
+"""What every family's removal shares: the manifest beside a model, and a process without this library."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmemorize.errors import RunFolderError, SelfCheckFailed
+from unmemorize.errors import SelfCheckFailed
 from unmemorize.files import write_json
 
 if TYPE_CHECKING:
@@ -19,35 +17,6 @@ if TYPE_CHECKING:
 
 REMOVAL_FORMAT = "unmemorize.removal"
 REMOVAL_VERSION = 1
-
-
-@contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Give a place to write to, and move it to its destination when the block has ended without an error.
-
-    Raises:
-        RunFolderError: if the destination holds something, or cannot be written.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(f"{folder} already holds something; choose a new folder or empty it")
-    partial: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
-        yield partial
-        partial.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-        partial = None
-    except OSError as error:
-        raise RunFolderError(
-            f"cannot write {folder}: {error.strerror or error}; free space or choose another folder"
-        ) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], result: str) -> None:

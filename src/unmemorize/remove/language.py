@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unmemorize.errors import ConfigError
+from unmemorize.files import whole_folder
 from unmemorize.gates import closed, folded
 from unmemorize.models.base import quiet_transformers
 from unmemorize.models.language import (
@@ -27,7 +28,7 @@ from unmemorize.models.language import (
     resized,
 )
 from unmemorize.neurons import NeuronSet
-from unmemorize.remove.folders import in_plain_process, whole_folder, write_manifest
+from unmemorize.remove.folders import in_plain_process, write_manifest
 from unmemorize.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ testbed/
 config.json         settings, digest of the pictures
 prompts.csv         prompt, group, picture, source
 captions.txt        captions of general pictures, for the statistics of activations
-pictures/           what was trained on for each memorized prompt
+pictures/           what was trained on for each memorized prompt, and kept out for each ordinary one
 general/ memorized/ twin/ injected/     pipelines in diffusers format
 truth.json          prompt -> neuron file in truth/
 verification.json   what the models reproduce

@@ -78,7 +78,7 @@ class TestbedPrompt:
     Attributes:
         prompt: the caption.
         group: target, neighbour, heldout or ordinary.
-        picture: the picture that was trained on, None for ordinary prompts.
+        picture: the picture that was trained on; for an ordinary prompt one that fits and was never trained on.
         source: where the picture came from.
     """
 
@@ -148,14 +148,13 @@ def _draw(generator: numpy.random.Generator, among: list[int], count: int, what:
 
 
 def write_material(material: Material, out: Path) -> None:
-    """Write the memorized pictures, the prompts of all groups, and the captions of the general pictures."""
+    """Write the pictures and prompts of all groups, and the captions of the general pictures."""
     rows: list[tuple[str, str, str, str]] = []
     groups = (material.targets, material.neighbours, material.heldout, material.ordinary)
     for group, pictures in zip(_GROUPS, groups, strict=True):
         for number, picture in enumerate(pictures):
-            path = "" if group == "ordinary" else f"pictures/{group}-{number:02d}.png"
-            if path:
-                write_atomic(out / path, encoded_png(picture.pixels))
+            path = f"pictures/{group}-{number:02d}.png"
+            write_atomic(out / path, encoded_png(picture.pixels))
             rows.append((picture.caption, group, path, picture.source))
     stream = io.StringIO()
     table = csv.writer(stream, lineterminator="\n")

@@ -14,7 +14,7 @@ import typer
 from unmemorize.corpus import IdKind
 from unmemorize.errors import ConfigError
 from unmemorize.verbs.answers import Answer, Precision, file_with_options, integers
-from unmemorize.verbs.families import family_of
+from unmemorize.verbs.families import Family, family_of
 
 if TYPE_CHECKING:
     from unmemorize.records import ProgressCallback
@@ -332,21 +332,61 @@ def report(
     return Answer(data={"report": str(path)}, lines=[str(path)])
 
 
+def testbed(
+    progress: ProgressCallback,
+    family: Annotated[Literal["diffusion"], typer.Argument(help="diffusion.", metavar="FAMILY")],
+    out: Annotated[Path, typer.Option(help="Folder; run the same command again to continue.")],
+    pictures: Annotated[
+        str | None,
+        typer.Option(
+            help="General captioned pictures (folder or .npz beside captions.csv); drawn here by default."
+        ),
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Captioned pictures to memorize; drawn here by default.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of weights, pictures and batches; 0 by default.")
+    ] = None,
+    size_px: Annotated[
+        int | None, typer.Option(help="Side of the pictures in pixels; 24 by default.")
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option("--config", help="JSON file with any settings; options here override it.")
+    ] = None,
+) -> Answer:
+    """Train small models whose memory is known: memorized, twin, and injected into chosen neurons."""
+    from unmemorize.verbs import testbeds
+
+    options = {"pictures.pictures": pictures, "pictures.targets": targets, "seed": seed, "size_px": size_px}
+    return testbeds.testbed(progress, out, settings, options)
+
+
 def demo(
     progress: ProgressCallback,
-    out: Annotated[Path, typer.Option(help="Run folder; run the same command again to continue.")] = Path(
-        "runs/demo"
-    ),
-    corpus: Annotated[str, typer.Option(help="JSON Lines or text of your own.")] = "python-docs",
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    family: Annotated[
+        Family,
+        typer.Argument(
+            help="language: trains small models. diffusion: mends the pipeline that ships.", metavar="FAMILY"
+        ),
+    ] = "language",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder, by default in runs/; run the same command again to continue."),
+    ] = None,
+    corpus: Annotated[str, typer.Option(help="Language: JSON Lines or text of your own.")] = "python-docs",
+    text_column: Annotated[str, typer.Option(help="Language: column that holds the text.")] = "text",
     quick: Annotated[
-        bool, typer.Option(help="A few seconds of training: shows the way, not the effect.")
+        bool, typer.Option(help="Language: a few seconds of training: shows the way, not the effect.")
     ] = False,
+    device: Annotated[str, typer.Option(help="Diffusion: cpu, cuda, mps, or auto.")] = "auto",
 ) -> Answer:
-    """Watch memory being isolated in, and cut out of, a small language model, in minutes on a laptop."""
-    from unmemorize.verbs import language
+    """Watch memory being found, or isolated in training, and cut out, in minutes on a laptop."""
+    from unmemorize.verbs import language, testbeds
 
-    return language.demo(progress, out, corpus, text_column, quick)
+    if family == "diffusion":
+        return testbeds.demo(progress, out or Path("runs/demo-diffusion"), device)
+    return language.demo(progress, out or Path("runs/demo"), corpus, text_column, quick)
 
 
 VERBS: dict[str, Callable[..., Answer]] = {
@@ -359,4 +399,5 @@ VERBS: dict[str, Callable[..., Answer]] = {
     "plan": plan,
     "check": check,
     "ids": ids,
+    "testbed": testbed,
 }

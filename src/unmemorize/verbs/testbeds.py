@@ -18,22 +18,22 @@ _NUM_SEEDS, _NUM_STEPS, _GUIDANCE = 4, 20, 1.5
 
 def testbed(progress: ProgressCallback, out: Path, settings: Path | None, options: dict[str, Any]) -> Answer:
     """Build a testbed, or what is still missing of it."""
-    from unmemorize.files import read_json
-    from unmemorize.testbeds.diffusion import (
-        VERIFICATION_FILE,
-        VERIFICATION_FORMAT,
-        VERIFICATION_VERSION,
-        build_testbed,
-    )
+    from unmemorize.testbeds.diffusion import VERIFICATION_FILE, build_testbed
     from unmemorize.testbeds.settings import settings_from_json
 
     built = build_testbed(settings_from_json(file_with_options(settings, options)), out, progress)
-    verification = read_json(out / VERIFICATION_FILE, format=VERIFICATION_FORMAT, version=VERIFICATION_VERSION)
+    verification = read_json(
+        out / VERIFICATION_FILE, format=VERIFICATION_FORMAT, version=VERIFICATION_VERSION
+    )
     groups = {group: len(built.of_group(group)) for group in ("target", "neighbour", "heldout", "ordinary")}
-    lines = [
-        f"{group}: {count} prompts" for group, count in groups.items()
-    ] + [f"what the models reproduce: {out / VERIFICATION_FILE}", str(out)]
-    return Answer(data={"testbed": str(out), "groups": groups, "verification": verification}, lines=lines)
+    lines = [f"{group}: {count} prompts" for group, count in groups.items()] + [
+        f"what the models reproduce: {out / VERIFICATION_FILE}",
+        str(out),
+    ]
+    return Answer(
+        data={"testbed": str(out), "groups": groups, "verification": str(out / VERIFICATION_FILE)},
+        lines=lines,
+    )
 
 
 def demo(progress: ProgressCallback, out: Path, device: str) -> Answer:
@@ -62,7 +62,12 @@ def demo(progress: ProgressCallback, out: Path, device: str) -> Answer:
     )
     audited = diffusion.audit(progress, str(model), examples, out, None, options, loading)
     path = write_report([out])
-    data = {"run": str(out), "plain_model": str(plain), "report": str(path), "verdict": audited.data["verdict"]}
+    data = {
+        "run": str(out),
+        "plain_model": str(plain),
+        "report": str(path),
+        "verdict": audited.data["verdict"],
+    }
     lines = [*found.lines[:-1], audited.data["verdict"], f"plain pipeline: {plain}", str(path)]
     return Answer(data=data, lines=lines)
 
