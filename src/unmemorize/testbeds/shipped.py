@@ -1,4 +1,4 @@
-"""The testbed that ships with the library: drawings, six targets, and a twin, so that the demonstration needs no network.
+"""The testbed that ships with the library: drawings, six targets and a twin; the demonstration needs no network.
 
 It was built by `unmemorize testbed diffusion` with its default settings and seed 0, weights stored in float16; the models
 "general" and "injected" are left out to keep it small.

@@ -22,9 +22,6 @@ def testbed(progress: ProgressCallback, out: Path, settings: Path | None, option
     from unmemorize.testbeds.settings import settings_from_json
 
     built = build_testbed(settings_from_json(file_with_options(settings, options)), out, progress)
-    verification = read_json(
-        out / VERIFICATION_FILE, format=VERIFICATION_FORMAT, version=VERIFICATION_VERSION
-    )
     groups = {group: len(built.of_group(group)) for group in ("target", "neighbour", "heldout", "ordinary")}
     lines = [f"{group}: {count} prompts" for group, count in groups.items()] + [
         f"what the models reproduce: {out / VERIFICATION_FILE}",
