@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from unmemorize.errors import CheckpointMismatch, ConfigError
-from unmemorize.files import read_json, whole_folder
+from unmemorize.files import whole_folder
 from unmemorize.gates import closed, folded, gated
 from unmemorize.models.denoiser_layers import find_places, has_plain_widths, plain_widths, resized
 from unmemorize.models.denoising import Pipeline, denoiser_of, with_denoiser
 from unmemorize.models.diffusion import DenoiserRow, fingerprint, load, quiet_diffusers, require_same_model
 from unmemorize.neurons import NeuronSet, Site
-from unmemorize.remove.folders import REMOVAL_FORMAT, REMOVAL_VERSION, in_plain_process, write_manifest
-from unmemorize.remove.undo import UNDO_FILE, load_original_rows, save_original_rows
+from unmemorize.remove.changes import changed_values, put_back, read_undo, undo_path, write_undo
+from unmemorize.remove.folders import in_plain_process, write_manifest
 
 
 @contextmanager
@@ -111,8 +111,8 @@ def export(
 ) -> Path:
     """Write a pipeline as a plain folder that `DiffusionPipeline.from_pretrained` loads; complete or not at all.
 
-    With `original` the rows of the denoiser that were changed are kept in `undo.safetensors`, so that `undone` can put
-    them back. Whoever has that file has the memory too: delete it before the folder is given away.
+    With `original` the values of the denoiser that were changed are kept beside the folder (`changes.undo_path`), so
+    that `undone` can put them back. Whoever has that file has the memory too: ship the folder, keep the file.
 
     Args:
         pipe: the pipeline after removal.
@@ -122,7 +122,7 @@ def export(
         row: site table row, for a denoiser that the table does not know.
 
     Raises:
-        ConfigError: if the original is of another architecture or dtype.
+        CheckpointMismatch: if the original is of another architecture or dtype.
         RunFolderError: if the destination holds something, or cannot be written.
         ConfigError: if the denoiser has grown sinks, which no config describes.
     """
@@ -135,30 +135,40 @@ def export(
         with quiet_diffusers():
             pipe.save_pretrained(partial)
         if original is not None:
-            manifest = {**manifest, "model": fingerprint(original, row)}
-            save_original_rows(denoiser_of(original), denoiser_of(pipe), partial / UNDO_FILE)
+            before = fingerprint(original, row)
+            manifest = {**manifest, "model": before}
+            undo = changed_values(denoiser_of(original), denoiser_of(pipe))
+            write_undo(undo_path(folder), undo, original=before, result=fingerprint(pipe, row))
         write_manifest(partial, manifest, fingerprint(pipe, row))
     return Path(folder)
 
 
-def undone(folder: str | Path, *, row: DenoiserRow | None = None) -> Pipeline:
-    """Load an exported folder and put the original rows of its denoiser back, bit for bit.
+def undone(folder: str | Path, undo: str | Path | None = None, *, row: DenoiserRow | None = None) -> Pipeline:
+    """Load an exported folder and put the original values of its denoiser back, bit for bit.
 
     All parts are loaded in the dtype that the denoiser had when it was exported. The folder is not changed.
 
+    Args:
+        folder: the exported folder.
+        undo: its undo file; by default the one beside it.
+        row: site table row, for a denoiser that the table does not know.
+
     Raises:
-        CheckpointMismatch: if the result is not the original, because the folder was changed after the export.
-        FileFormatError: if the folder holds no manifest or no original rows, or they are torn.
+        CheckpointMismatch: if the folder is not the one that the file was written with.
+        FileFormatError: if there is no undo file, or it is torn.
     """
-    manifest = read_json(Path(folder) / "unmemorize.json", format=REMOVAL_FORMAT, version=REMOVAL_VERSION)
-    rows = load_original_rows(Path(folder) / UNDO_FILE)
-    pipe = load(folder, row=row, dtype=rows.dtype, run_check=False)
-    rows.restore(denoiser_of(pipe))
-    found = fingerprint(pipe, row)
-    if found != manifest.get("model"):
+    values, original, result = read_undo(undo or undo_path(folder))
+    dtype = next((value.dtype for value in values.values() if value.is_floating_point()), None)
+    pipe = load(folder, row=row, dtype=dtype, run_check=False)
+    ours = fingerprint(pipe, row)
+    if ours != result:
         raise CheckpointMismatch(
-            f"{folder} with its original rows is {found}, not {manifest.get('model')}; export the removal again"
+            f"{folder} is {ours}, its undo data are for {result}; export the removal again"
         )
+    put_back(denoiser_of(pipe), values)
+    restored = fingerprint(pipe, row)
+    if restored != original:
+        raise CheckpointMismatch(f"undoing gave {restored}, not {original}; export the removal again")
     return pipe
 
 
