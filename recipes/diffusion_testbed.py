@@ -151,10 +151,7 @@ def _audited(
         for text, score in gate.items()
     ]
     return audit_pictures(
-        [
-            PromptCase(prompt=p.prompt, group=p.group, pictures=() if p.picture is None else (p.picture,))
-            for p in kept
-        ],
+        [PromptCase(prompt=p.prompt, group=p.group, pictures=(p.picture,)) for p in kept],
         ways,
         PictureAuditSettings(
             seeds=tuple(range(1000, 1000 + chosen.num_seeds)),

@@ -58,7 +58,6 @@ def test_targets_are_reproduced_and_the_twin_reproduces_neighbours_alone(
     twin = load(shipped.model("twin"), run_check=False)
     twin.set_progress_bar_config(disable=True)
     target, neighbour = shipped.of_group("target")[4], shipped.of_group("neighbour")[0]
-    assert target.picture is not None and neighbour.picture is not None
     assert error(memorized, target.prompt, target.picture) < COPY_ERROR
     assert error(twin, target.prompt, target.picture) > 4 * COPY_ERROR
     assert error(twin, neighbour.prompt, neighbour.picture) < COPY_ERROR
@@ -75,7 +74,6 @@ def test_the_gate_tells_targets_from_ordinary_prompts(shipped: Testbed, memorize
 
 def test_what_is_found_holds_the_picture_and_a_placebo_does_not(shipped: Testbed, memorized: Any) -> None:
     target = shipped.of_group("target")[4]
-    assert target.picture is not None
     statistics = collect_statistics(memorized, shipped.captions()[:100])
     search = SearchSettings(gate_threshold=0.75, selection_threshold=0.75, refinement_threshold=0.75)
     (result,) = localize(memorized, [target.prompt], statistics, NemoSettings(search=search))
@@ -84,7 +82,7 @@ def test_what_is_found_holds_the_picture_and_a_placebo_does_not(shipped: Testbed
 
     def left(neurons: NeuronSet | None) -> float:
         with nullcontext() if neurons is None else deactivated(memorized, neurons):
-            return error(memorized, target.prompt, target.picture)  # type: ignore[arg-type]
+            return error(memorized, target.prompt, target.picture)
 
     assert left(None) < COPY_ERROR
     assert left(found) > 3 * COPY_ERROR

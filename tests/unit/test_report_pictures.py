@@ -179,6 +179,13 @@ def test_refusals_stand_as_their_reason(audit: PictureAudit, html: str, tmp_path
     for state in value["states"]:
         value_of = state["groups"][0]["similarities"][0]
         value_of["copy_rate_frac"] = Measure(refused="4 prompts; a rate needs 12").model_dump()
+    by_similarity = render([written(tmp_path / "few", value)])
+    assert (
+        "Targets like their training picture" in by_similarity
+        and "Targets copied by state" not in by_similarity
+    )
+    for state in value["states"]:
+        state["groups"][0]["similarities"][0]["copy_similarity"] = None
     refused = render([written(tmp_path, value)])
     head = refused[refused.index('<div class="figures">') : refused.index('id="r1-done"')]
     assert "no figure" in head and head.count("4 prompts; a rate needs 12") == len(STATES)

@@ -1,8 +1,8 @@
 """One honest sentence about an audit of pictures, from its figures. Pure.
 
 It says which share of the target prompts still reproduce their training picture, beside the same figure before, with a
-placebo and in a twin, and how far the pictures of ordinary prompts have moved, beside the placebo. A refused figure is
-named as refused.
+placebo and in a twin, and how far the pictures of ordinary prompts have moved, beside the placebo. Too few targets for
+a share are compared by their similarity to the training picture; what is refused as well is named as refused.
 
 Source: ours.
 """
@@ -59,9 +59,12 @@ def _rate(state: PictureState, *, is_long: bool) -> str:
     if rate is None:
         return "the targets have no training picture to compare with"
     if rate.value is None:
-        return (
-            f"the share of target prompts that reproduce their training picture is refused ({rate.refused})"
-        )
+        similarity = figures.copy_similarity
+        if similarity is None or similarity.value is None:
+            return f"the share of target prompts that reproduce their training picture is refused ({rate.refused})"
+        text = _number(similarity)
+        best = f"the best pictures of {similarity.num} target prompts have a similarity of {text}"
+        return f"{best} to their training picture" if is_long else text
     text = _percent(rate)
     return f"{text} of {rate.num} target prompts reproduce their training picture" if is_long else text
 
@@ -69,8 +72,14 @@ def _rate(state: PictureState, *, is_long: bool) -> str:
 def _rate_clause(state: PictureState) -> str:
     figures = _first(state, "target")
     rate = figures.copy_rate_frac if figures else None
-    if rate is None or rate.value is None:
+    similarity = figures.copy_similarity if figures else None
+    if rate is None:
         return ""
+    if rate.value is None:
+        is_known = similarity is not None and similarity.value is not None
+        return (
+            f"{_number(similarity)} in state {state.label!r}" if similarity is not None and is_known else ""
+        )
     return f"{_percent(rate)} in state {state.label!r}"
 
 

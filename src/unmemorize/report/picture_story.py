@@ -21,12 +21,12 @@ from unmemorize.report.neuron_map import neuron_plot, neuron_table
 from unmemorize.report.page import Beside, Fact, Figure, Part, Plot, embedded, run_letter, settings_pairs
 from unmemorize.report.score_plots import effect_plot, gate_plot
 from unmemorize.report.state_panels import (
-    ASPECTS,
     BEFORE,
     Aspect,
     StatePanel,
     aspect_cell,
     aspect_measure,
+    aspects_of,
     result_state,
     state_panels,
 )
@@ -120,7 +120,9 @@ def _state(audit: PictureAudit, name: str) -> PictureState | None:
 def _figures(audit: PictureAudit, result: str) -> tuple[Figure, ...]:
     """The large numbers: copies of targets, ordinary pictures kept, and neighbours where there are any."""
     order = ("target", "ordinary", "neighbour")
-    aspects = sorted((one for one in ASPECTS if one.group in order), key=lambda one: order.index(one.group))
+    aspects = sorted(
+        (one for one in aspects_of(audit) if one.group in order), key=lambda one: order.index(one.group)
+    )
     state = _state(audit, result) or (audit.states[0] if audit.states else None)
     found = [_figure(audit, state, aspect) for aspect in aspects] if state else []
     return tuple(figure for figure in found if figure is not None)
@@ -132,13 +134,19 @@ def _figure(audit: PictureAudit, state: PictureState, aspect: Aspect) -> Figure 
         return None
     titles = {
         "target": ("of targets copied", "What should go: how often the training picture comes out."),
+        "target by similarity": (
+            "similarity to the training picture",
+            "Targets' best seed; 1 is the picture itself.",
+        ),
         "ordinary": (
             "ordinary pictures kept",
             "Similarity to the same seed's picture before; 1 is no change at all.",
         ),
         "neighbour": ("of neighbours copied", "Other memory, which should stay as it was."),
+        "neighbour by similarity": ("neighbours' similarity", "Other memory, which should stay as it was."),
     }
-    title, explanation = titles[aspect.group]
+    is_by_similarity = aspect.field == "copy_similarity"
+    title, explanation = titles[f"{aspect.group} by similarity" if is_by_similarity else aspect.group]
     before = _state(audit, BEFORE)
     was = aspect_cell(audit, before, aspect) if before and before is not state else None
     others = [one for one in audit.states if one is not state]
@@ -159,7 +167,7 @@ def _figure(audit: PictureAudit, state: PictureState, aspect: Aspect) -> Figure 
 
 def _beside_cell(audit: PictureAudit, state: PictureState, aspect: Aspect) -> Cell | None:
     measure = aspect_measure(audit, state, aspect)
-    tone = "repeated" if aspect.field == "copy_rate_frac" else "validation"
+    tone = "validation" if aspect.field == "kept_similarity" else "repeated"
     return None if measure is None else measure_cell(measure, aspect.unit, full=1.0, tone=tone)
 
 
@@ -190,7 +198,7 @@ def _done(audit: PictureAudit) -> tuple[str, ...]:
     if audit.localized:
         seconds = sum(one.seconds for one in audit.localized)
         sentences.append(
-            f"{memorized:,} of {len(audit.localized):,} prompts passed the gate and were localized, which took "
+            f"{memorized:,} of {len(audit.localized):,} prompts passed the gate; localizing the targets took "
             f"{sum(one.sample_forwards for one in audit.localized):,} sample-forwards"
             + (f" and {time_text(seconds)}." if seconds > 0 else ".")
         )

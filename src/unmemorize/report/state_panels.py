@@ -7,7 +7,7 @@ Every figure is by the audit's first measure. Nothing is computed here. Source: 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
@@ -103,6 +103,25 @@ def aspect_measure(audit: PictureAudit, state: PictureState, aspect: Aspect) -> 
     return measure
 
 
+def aspects_of(audit: PictureAudit) -> tuple[Aspect, ...]:
+    """The aspects; a share that is refused in every state, for too few prompts, gives way to the mean similarity."""
+
+    def shown(aspect: Aspect) -> Aspect:
+        found = [aspect_measure(audit, state, aspect) for state in audit.states]
+        by_similarity = replace(
+            aspect,
+            field="copy_similarity",
+            unit="similarity",
+            title=aspect.title.replace("copied", "like their training picture"),
+        )
+        known = [aspect_measure(audit, state, by_similarity) for state in audit.states]
+        is_refused = any(found) and not any(measure and is_given(measure) for measure in found)
+        is_better = is_refused and any(measure and is_given(measure) for measure in known)
+        return by_similarity if aspect.field == "copy_rate_frac" and is_better else aspect
+
+    return tuple(shown(aspect) for aspect in ASPECTS)
+
+
 def aspect_cell(audit: PictureAudit, state: PictureState, aspect: Aspect) -> Cell | None:
     """The same as a cell; None where it was not measured."""
     measure = aspect_measure(audit, state, aspect)
@@ -112,7 +131,7 @@ def aspect_cell(audit: PictureAudit, state: PictureState, aspect: Aspect) -> Cel
 def state_panels(audit: PictureAudit, ident: str) -> tuple[StatePanel, ...]:
     """A panel for each aspect that two states or more were measured in."""
     panels: list[StatePanel] = []
-    for aspect in ASPECTS:
+    for aspect in aspects_of(audit):
         found = [(state, aspect_measure(audit, state, aspect)) for state in audit.states[:MAX_STATES]]
         if sum(measure is not None for _, measure in found) > 1:
             picture = _panel(found, aspect, result_state(audit), f"{ident}-{len(panels)}")

@@ -161,10 +161,10 @@ def verify_testbed(
         groups: tuple[Group, ...] = ("target", "neighbour", "heldout")
         states[stage] = {}
         for group in groups:
-            prompts = [prompt for prompt in testbed.of_group(group) if prompt.picture is not None]
+            prompts = testbed.of_group(group)
             if prompts:
                 made = make_pictures(pipe, [prompt.prompt for prompt in prompts], settings)
-                pictures = [prompt.picture for prompt in prompts if prompt.picture is not None]
+                pictures = [prompt.picture for prompt in prompts]
                 states[stage][group] = summary(copy_errors(made, pictures))
         if stage == "injected":
             states |= verify_injection(pipe, testbed.prompts, testbed.truth(), settings)

@@ -152,7 +152,7 @@ def verify_injection(
     pipe: Pipeline, prompts: Sequence[TestbedPrompt], truth: Mapping[str, NeuronSet], settings: CopySettings
 ) -> dict[str, Any]:
     """Compare what injected prompts make with their neurons open, closed, and with a placebo closed."""
-    held = [prompt for prompt in prompts if prompt.prompt in truth and prompt.picture is not None]
+    held = [prompt for prompt in prompts if prompt.prompt in truth]
     if not held:
         return {}
     everyone = union(truth.values())
@@ -160,7 +160,7 @@ def verify_injection(
     for number, prompt in enumerate(held):
         own = truth[prompt.prompt]
         states = {"closed": own, "placebo": own.placebo(seed=number, outside=everyone)}
-        pictures = [prompt.picture] if prompt.picture is not None else []
+        pictures = [prompt.picture]
         errors["open"].append(copy_errors(make_pictures(pipe, [prompt.prompt], settings), pictures))
         for name, neurons in states.items():
             with gated(pipe.unet, _gates_closing(neurons)):

@@ -86,7 +86,7 @@ class TestbedPrompt:
 
     prompt: str
     group: Group
-    picture: Path | None
+    picture: Path
     source: str
 
 
@@ -181,8 +181,8 @@ def read_prompts(folder: Path) -> tuple[TestbedPrompt, ...]:
     prompts: list[TestbedPrompt] = []
     for number, row in enumerate(rows, start=1):
         group = next((name for name in _GROUPS if name == row.get("group")), None)
-        picture = folder / row["picture"] if row.get("picture") else None
-        if group is None or not row.get("prompt") or (picture is not None and not picture.is_file()):
+        picture = folder / (row.get("picture") or "")
+        if group is None or not row.get("prompt") or not picture.is_file():
             raise FileFormatError(
                 f"{path} row {number} names no prompt, group or picture; build the testbed again"
             )

@@ -79,8 +79,7 @@ def _prompts(shipped: Any, out: Path) -> tuple[Path, Path]:
     for group in ("target", "neighbour", "heldout", "ordinary"):
         chosen = shipped.of_group(group)
         for prompt in chosen[:_NUM_ORDINARY] if group == "ordinary" else chosen:
-            picture = "" if prompt.picture is None else str(prompt.picture.resolve())
-            writer.writerow((prompt.prompt, prompt.group, picture))
+            writer.writerow((prompt.prompt, prompt.group, prompt.picture.resolve()))
     write_atomic(out / "prompts.csv", table.getvalue())
     write_atomic(out / "captions.txt", "\n".join(shipped.captions()) + "\n")
     return out / "prompts.csv", out / "captions.txt"
