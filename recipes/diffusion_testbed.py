@@ -204,14 +204,20 @@ def _injected(testbed: Testbed, out: Path, progress: ProgressPrinter) -> dict[st
 
 
 def _figures(audit: PictureAudit, state: str) -> dict[str, Any]:
-    """Return copy rate of each memorized group, and kept similarity of every group, of one state."""
+    """Return, for one state, how much of each memorized group is copied, and how far ordinary pictures are kept.
+
+    Shares and means over the prompts of one testbed carry no interval here: testbeds are the unit.
+    """
     found = next(one for one in audit.states if one.state == state)
-    figures: dict[str, Any] = {"num_neurons": found.num_neurons, "seconds": found.seconds}
-    for group in found.groups:
-        similarity = group.similarities[0]
-        figures[f"{group.group}_copied"] = _plain(similarity.copy_rate_frac)
-        figures[f"{group.group}_copy_similarity"] = _plain(similarity.copy_similarity)
-        figures[f"{group.group}_kept"] = _plain(similarity.kept_similarity)
+    threshold = audit.copy_thresholds["structure"]
+    figures: dict[str, Any] = {"num_neurons": found.num_neurons, "copy_threshold": threshold}
+    for group in ("target", "neighbour", "heldout"):
+        best = [max(row.copy_similarity[state]) for row in audit.prompts if row.group == group]
+        figures[f"{group}_copied"] = sum(one >= threshold for one in best) / len(best)
+        figures[f"{group}_similarity"] = sum(best) / len(best)
+    for one in found.groups:
+        if one.group == "ordinary":
+            figures["ordinary_kept"] = _plain(one.similarities[0].kept_similarity)
     return figures
 
 

@@ -114,7 +114,7 @@ def audit_pictures(
     audit = PictureAudit(
         title=title,
         verdict=picture_verdict(states, headline=headline),
-        settings=_stored(settings, thresholds),
+        settings=_stored(settings, thresholds, headline),
         environment=dict(_environment() if environment is None else environment),
         measures=tools.descriptions(),
         copy_thresholds={name: chosen.value for name, chosen in thresholds.items() if chosen is not None},
@@ -242,7 +242,9 @@ def _prompts(
     ]
 
 
-def _stored(settings: PictureAuditSettings, thresholds: Mapping[str, CopyThreshold | None]) -> dict[str, Any]:
+def _stored(
+    settings: PictureAuditSettings, thresholds: Mapping[str, CopyThreshold | None], headline: str | None
+) -> dict[str, Any]:
     """Lay out the settings as JSON, with the rule behind each copy threshold."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     return {
@@ -251,6 +253,7 @@ def _stored(settings: PictureAuditSettings, thresholds: Mapping[str, CopyThresho
             name: "none could be chosen" if chosen is None else chosen.rule
             for name, chosen in thresholds.items()
         },
+        **({} if headline is None else {"headline_state": headline}),
         "copy_rate": "a prompt is copied if its best seed reaches the copy threshold",
     }
 

@@ -93,14 +93,19 @@ def switched_off(
 def placebo(
     pipe: Pipeline, neurons: NeuronSet, *, seed: int = 0, row: DenoiserRow | None = None
 ) -> Mitigation:
-    """Switch off as many random other neurons at each site: what an effect has to be compared with.
+    """Switch off as many random neurons at each site: what an effect has to be compared with.
+
+    They are drawn among the other neurons, or, where a site has too few of these, among all of them.
 
     Raises:
-        ConfigError: if a site has too few other neurons to draw from.
         NeuronSetMismatch: if the set was made for another model.
     """
-    text = f"As many random neurons per layer are switched off (seed {seed}); none of them is in the set."
-    return switched_off(pipe, neurons.placebo(seed=seed), name="placebo", description=text, row=row)
+    is_narrow = any(2 * len(chosen) > site.width for site, chosen in neurons.indices.items())
+    nothing = NeuronSet(neurons.model_id, {})
+    drawn = neurons.placebo(seed=seed, outside=nothing if is_narrow else neurons)
+    among = "drawn among all of them" if is_narrow else "none of them is in the set"
+    text = f"As many random neurons per layer are switched off (seed {seed}); {among}."
+    return switched_off(pipe, drawn, name="placebo", description=text, row=row)
 
 
 def first_value_layer(pipe: Pipeline, *, row: DenoiserRow | None = None) -> Mitigation:

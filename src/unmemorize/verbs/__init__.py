@@ -265,7 +265,7 @@ def remove(
         Literal["excise", "fold", "edit"] | None,
         typer.Option(
             help="excise: narrower language model (its default); fold: zeros at equal width (default of pipelines); "
-            "edit: pipelines, values quiet on the targets without rows of zeros."
+            "edit: pipelines, values quiet on the targets; rows of the neurons, or whole layers without --neurons."
         ),
     ] = None,
     examples: Annotated[Path | None, typer.Option(help="For edit: prompts whose targets go quiet.")] = None,

@@ -217,6 +217,7 @@ class PictureOptions:
     guidance: float = 7.0
     size_px: int | None = None
     column: str | None = None
+    title: str = ""
 
 
 def audit(
@@ -265,7 +266,8 @@ def audit(
         localized=[*localized_prompts(found.results, groups), *_gate_rows(out)],
         sites=site_neurons(found.sites or find_sites(pipe), neurons, found.results),
         gate_threshold=found.gate_threshold if found.results else None,
-        title=f"Audit of {Path(model).name}",
+        title=options.title or f"Audit of {Path(model).name}",
+        headline="mended" if options.mended else "after",
         progress=progress,
     )
     after = next(state for state in result.states if state.state == ("mended" if options.mended else "after"))
@@ -323,27 +325,31 @@ def remove(
     progress: ProgressCallback,
     model: str,
     out: Path,
-    neurons: Path,
+    neurons: Path | None,
     way: Literal["fold", "edit"],
     keep_undo: bool,
     examples: Path | None,
     ordinary: Path | None,
     column: str | None,
 ) -> Answer:
-    """Write a removal into the weights, export the pipeline, and prove that it loads without this library."""
+    """Write a removal into the weights, export the pipeline, and prove that it loads without this library.
+
+    An edit without neurons changes all layers that are searched by default.
+    """
     from unmemorize.models.diffusion import fingerprint
-    from unmemorize.neurons import load_neurons
+    from unmemorize.neurons import NeuronSet, load_neurons
     from unmemorize.remove.diffusion import export, fold, prove_plain
 
     pipe = opened(model, Loading(device="cpu"))
-    chosen = load_neurons(neurons)
+    chosen = NeuronSet(fingerprint(pipe), {}) if neurons is None else load_neurons(neurons)
     figures: dict[str, Any] = {}
     if way == "edit":
         if examples is None or ordinary is None:
             raise ConfigError(
                 "an edit needs the prompts it is to quiet (--examples) and ordinary ones (--ordinary)"
             )
-        mended, figures = _edited(pipe, chosen, examples, ordinary, column, progress)
+        rows = None if neurons is None else chosen
+        mended, figures = _edited(pipe, rows, examples, ordinary, column, progress)
     else:
         mended = fold(pipe, chosen)
     manifest = {
@@ -355,14 +361,14 @@ def remove(
     }
     export(mended, out, manifest=manifest, original=pipe if keep_undo else None)
     prove_plain(out, "a picture", num_inference_steps=2)
-    what = "closed" if way == "fold" else "edited"
-    lines = [f"{what} {len(chosen)} neurons; loads without unmemorize", str(out)]
+    what = f"{len(chosen)} neurons" if neurons is not None else "all searched layers"
+    lines = [f"{'closed' if way == 'fold' else 'edited'} {what}; loads without unmemorize", str(out)]
     return Answer(data={"folder": str(out), "way": way, "num_neurons": len(chosen), **figures}, lines=lines)
 
 
 def _edited(
     pipe: Pipeline,
-    chosen: NeuronSet,
+    chosen: NeuronSet | None,
     examples: Path,
     ordinary: Path,
     column: str | None,
