@@ -262,20 +262,8 @@ def _localization_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _state_table(rows: list[dict[str, Any]]) -> str:
-    columns = (
-        "target_copied",
-        "target_copy_similarity",
-        "neighbour_copied",
-        "neighbour_kept",
-        "ordinary_kept",
-    )
-    heads = (
-        "targets copied",
-        "similarity to target",
-        "neighbours copied",
-        "neighbours kept",
-        "ordinary kept",
-    )
+    columns = ("target_copied", "target_similarity", "neighbour_copied", "heldout_copied", "ordinary_kept")
+    heads = ("targets copied", "targets' similarity", "neighbours copied", "held-out copied", "ordinary kept")
     lines = [f"| state | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
     for state in rows[0]["states"]:
         cells = [_mean([row["states"][state][column] for row in rows]) for column in columns]

@@ -251,10 +251,25 @@ def test_deactivated_generates_the_recorded_latents(pipe: Any) -> None:
             assert torch.allclose(latents, torch.from_numpy(archive[f"{case['key']}_final"]), atol=1e-3)
 
 
+# Two of the forty prompts come out otherwise, because fast takes the data range of each pair and compat that of the call.
+OTHERWISE = {
+    (
+        "partial_gate",
+        4,
+    ): "the gate of 0.473 was chosen between compat's scores of the samples; fast's best pair is 0.456",
+    (
+        "no_top_k",
+        4,
+    ): "no set reaches the threshold; by compat's score fast's one neuron is 0.602, compat's four 0.589",
+}
+
+
 def other_cases() -> Iterator[Any]:
     for setting in SETTINGS if PLACE.is_dir() else ():
         for prompt in recorded(setting)["prompts"]:
-            marks = [] if setting == "default" else [pytest.mark.slow]
+            marks: list[Any] = [] if setting == "default" else [pytest.mark.slow]
+            if reason := OTHERWISE.get((setting, prompt["index"])):
+                marks.append(pytest.mark.xfail(reason=reason, strict=True))
             yield pytest.param(setting, prompt["index"], marks=marks)
 
 
