@@ -251,12 +251,12 @@ def test_deactivated_generates_the_recorded_latents(pipe: Any) -> None:
             assert torch.allclose(latents, torch.from_numpy(archive[f"{case['key']}_final"]), atol=1e-3)
 
 
-# Two of the forty prompts come out otherwise, because fast takes the data range of each pair and compat that of the call.
+# Two of the forty prompts come out otherwise: fast takes the data range of each pair, compat that of the call.
 OTHERWISE = {
     (
         "partial_gate",
         4,
-    ): "the gate of 0.473 was chosen between compat's scores of the samples; fast's best pair is 0.456",
+    ): "the gate of 0.473 lies between compat's scores of the samples; fast's best pair is 0.456",
     (
         "no_top_k",
         4,
