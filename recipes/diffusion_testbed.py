@@ -41,6 +41,7 @@ from unmemorize.verbs.states import own_neurons, states
 
 FORMAT = "unmemorize.recipe.testbed"
 NUM_CALIBRATION, NUM_ORDINARY, NUM_CAPTIONS = 50, 20, 1000
+PROTECTION = 100  # times that a prompt to protect counts among ordinary captions
 
 
 def main(words: list[str] | None = None) -> Path:
@@ -138,15 +139,21 @@ def _audited(
     sites = find_sites(pipe)
     own = own_neurons(results, fingerprint(pipe), sites)
     ways = states(pipe, neurons, rivals="placebo first-layer adjusted", own=own, others={"twin": twin})
-    for name, rows in (("edited", neurons), ("edited-layers", None)):
-        edited = edit_values(pipe, targets, moments, neurons=rows)
-        text = "Closed-form edit of the rows found." if rows else "Closed-form edit of all searched layers."
+    others = [p.prompt for p in testbed.prompts if p.group in ("neighbour", "heldout")]
+    protecting = collect_second_moments(pipe, testbed.captions()[:NUM_CAPTIONS] + others * PROTECTION)
+    edits = {
+        "edited": ("Closed-form edit of the rows found.", moments, neurons, 0.01),
+        "edited-layers": ("Closed-form edit of all searched layers.", moments, None, 0.01),
+        "edited-protecting": ("The same, other memorized prompts protected.", protecting, None, 0.1),
+    }
+    for name, (text, ordinary, rows, strength) in edits.items():
+        edited = edit_values(pipe, targets, ordinary, neurons=rows, strength=strength)
         ways.append(Way(state=name, label=name, pipe=edited, description=text, identity=fingerprint(edited)))
     groups = {prompt.prompt: prompt.group for prompt in testbed.prompts}
     kept = [prompt for prompt in testbed.prompts if prompt.group != "ordinary"]
     kept += testbed.of_group("ordinary")[:NUM_ORDINARY]
     threshold = settings.search.gate_threshold
-    others = [
+    gated = [
         LocalizedPrompt(prompt=text, group=groups[text], best_pair=score, is_memorized=score > threshold)
         for text, score in gate.items()
     ]
@@ -159,7 +166,7 @@ def _audited(
             guidance=chosen.guidance,
         ),
         out,
-        localized=[*localized_prompts(results, groups), *others],
+        localized=[*localized_prompts(results, groups), *gated],
         sites=site_neurons(sites, neurons, results),
         gate_threshold=threshold,
         title=f"Testbed {testbed.folder.name}",
