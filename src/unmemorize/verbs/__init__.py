@@ -13,7 +13,7 @@ import typer
 
 from unmemorize.corpus import IdKind
 from unmemorize.errors import ConfigError
-from unmemorize.verbs.answers import Answer, Precision, file_with_options, integers
+from unmemorize.verbs.answers import Answer, Positions, Precision, file_with_options, integers
 from unmemorize.verbs.families import Family, family_of
 
 if TYPE_CHECKING:
@@ -154,6 +154,9 @@ def localize(
     blocks: Annotated[
         str | None, typer.Option(help="Blocks to search, separated by commas: down,mid,up ...")
     ] = None,
+    positions: Annotated[
+        Positions, typer.Option(help="Token positions whose activations are averaged; tail: end and padding.")
+    ] = "all",
     column: Annotated[str | None, typer.Option(help="Column of the table that holds the prompt.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps; auto takes the first accelerator.")] = "auto",
     dtype: Annotated[
@@ -173,6 +176,7 @@ def localize(
         threshold=threshold,
         num_calibration=calibrate,
         blocks=blocks,
+        positions=positions,
         column=column,
     )
     loading = diffusion.Loading(device=device, precision=dtype)

@@ -12,6 +12,7 @@ from unmemorize.errors import ConfigError
 T = TypeVar("T")
 
 Precision = Literal["float32", "float16", "bfloat16"]
+Positions = Literal["all", "start", "words", "end", "padding", "tail"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from unmemorize.errors import ConfigError, DataError
-from unmemorize.verbs.answers import Answer, Precision, bar_line, check_answer, table_row, upper_end
+from unmemorize.verbs.answers import (
+    Answer,
+    Positions,
+    Precision,
+    bar_line,
+    check_answer,
+    table_row,
+    upper_end,
+)
 
 if TYPE_CHECKING:
     from unmemorize.audit.similarity import SimilarityMeasure, SscdVariant
@@ -42,6 +50,7 @@ class NemoOptions:
     threshold: float | None = None
     num_calibration: int = 50
     blocks: str | None = None
+    positions: Positions = "all"
     column: str | None = None
 
 
@@ -102,7 +111,7 @@ def localize(
     pipe = opened(model, loading)
     blocks = options.blocks.split(",") if options.blocks else None
     sites = find_sites(pipe, blocks=blocks)
-    statistics = _statistics(pipe, sites, known, options.statistics, out, progress)
+    statistics = _statistics(pipe, sites, known, options, out, progress)
     settings = _settings(pipe, known, options, out, progress)
     if options.is_clustered:
         groups = clusters(targets)
@@ -133,7 +142,7 @@ def _statistics(
     pipe: Pipeline,
     sites: Sequence[Site],
     ordinary: Sequence[str],
-    given: Path | None,
+    options: NemoOptions,
     out: Path,
     progress: ProgressCallback,
 ) -> ActivationStatistics:
@@ -141,6 +150,7 @@ def _statistics(
     from unmemorize.localize.activations import collect_statistics
     from unmemorize.localize.scores import import_statistics, load_statistics
 
+    given = options.statistics
     if given is not None:
         return import_statistics(given, sites) if given.suffix == ".npz" else load_statistics(given)
     if len(ordinary) < 2:
@@ -149,7 +159,9 @@ def _statistics(
             "thousands) or --statistics FILE"
         )
     path = out / "statistics.safetensors"
-    return collect_statistics(pipe, ordinary, sites, path=path, progress=progress)
+    return collect_statistics(
+        pipe, ordinary, sites, positions=options.positions, path=path, progress=progress
+    )
 
 
 def _settings(
