@@ -105,19 +105,19 @@ def test_groups_are_apart_and_counted(testbed):
     counts = {group: len(testbed.of_group(group)) for group in ("target", "neighbour", "heldout", "ordinary")}
     assert counts == {"target": 2, "neighbour": 1, "heldout": 1, "ordinary": 2}
     assert len({prompt.prompt for prompt in testbed.prompts}) == 6
-    assert all((prompt.picture is None) == (prompt.group == "ordinary") for prompt in testbed.prompts)
+    assert all(prompt.picture is not None and prompt.picture.is_file() for prompt in testbed.prompts)
     assert {prompt.source for prompt in testbed.of_group("target")} == {"scenes"}
     assert {prompt.source for prompt in testbed.of_group("heldout")} == {"drawings"}
     hidden = {prompt.prompt for prompt in testbed.prompts}
     assert testbed.captions() and not hidden & set(testbed.captions())
 
 
-def test_stored_pictures_are_the_trained_ones(testbed):
+def test_stored_pictures_are_those_of_their_prompts(testbed):
     from PIL import Image
 
     material = gather(TINY)
     stored = [prompt.picture for prompt in testbed.prompts if prompt.picture is not None]
-    for path, picture in zip(stored, material.memorized, strict=True):
+    for path, picture in zip(stored, (*material.memorized, *material.ordinary), strict=True):
         assert (numpy.asarray(Image.open(path)) == picture.pixels).all()
 
 
