@@ -210,7 +210,7 @@ def _facts(audit: PictureAudit) -> tuple[Fact, ...]:
     width = sum(site.width for site in audit.sites)
     facts = []
     for state in audit.states:
-        texts = [clip(state.description, 300)] if state.description else []
+        texts = [clip(state.description, 300).rstrip(".")] if state.description else []
         if state.num_neurons:
             of = f" of {width:,}" if width else ""
             texts.append(f"{state.num_neurons:,}{of} neurons off")
