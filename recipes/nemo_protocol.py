@@ -29,6 +29,7 @@ from unmemorize.audit.similarity import SimilarityMeasure
 from unmemorize.cli import ProgressPrinter
 from unmemorize.corpus.prompts import Prompt, read_prompts
 from unmemorize.files import write_atomic
+from unmemorize.localize.grouping import clusters
 from unmemorize.records import PictureAudit, load_any_audit
 from unmemorize.verbs import diffusion
 
@@ -85,7 +86,7 @@ def main(words: list[str] | None = None) -> Path:
     audit = load_any_audit(chosen.out / "audit.json")
     assert isinstance(audit, PictureAudit)
     measures = diffusion.measures_of(options.sscd, "cpu")
-    text = "\n\n".join([_detection(audit), *(_table(audit, prompts, chosen.out, m) for m in measures)])
+    text = "\n\n".join([_detection(audit), *(_table(audit, prompts, chosen, m) for m in measures)])
     print(text)
     return write_atomic(chosen.out / "protocol.md", text + "\n")
 
@@ -125,9 +126,32 @@ def _detection(audit: PictureAudit) -> str:
     return "  \n".join(lines)
 
 
-def _table(audit: PictureAudit, prompts: dict[str, Prompt], out: Path, measure: SimilarityMeasure) -> str:
+def _kinds(audit: PictureAudit, prompts: dict[str, Prompt], chosen: Any) -> dict[str, list[int]]:
+    """Return the rows of each kind of prompt, of one prompt a cluster, and of strictly verbatim ones.
+
+    Strict: the table's `mean_sscd` exceeds 0.7, the mean over seeds and not the largest. Near duplicates make up a third
+    of the published prompts, so that figures by cluster say more.
+    """
+    names = [prompts[row.prompt].kind or row.group for row in audit.prompts]
+    firsts = {group[0] for group in clusters([row.prompt for row in audit.prompts])}
+    with Path(chosen.memorized).open(encoding="utf-8", newline="") as stream:
+        table = [{str(name).lower(): cell for name, cell in row.items()} for row in csv.DictReader(stream)]
+    strict = {
+        row.get("caption") or row.get("prompt") for row in table if float(row.get("mean_sscd") or 0) > 0.7
+    }
+    found: dict[str, list[int]] = {}
+    for number, (name, row) in enumerate(zip(names, audit.prompts, strict=True)):
+        found.setdefault(name, []).append(number)
+        if row.prompt in firsts:
+            found.setdefault(f"{name}, one a cluster", []).append(number)
+        if row.prompt in strict:
+            found.setdefault(f"{name}, strict", []).append(number)
+    return found
+
+
+def _table(audit: PictureAudit, prompts: dict[str, Prompt], chosen: Any, measure: SimilarityMeasure) -> str:
     """Lay out medians and median absolute deviations over prompts, by kind and state."""
-    kinds = [prompts[row.prompt].kind or row.group for row in audit.prompts]
+    kinds = _kinds(audit, prompts, chosen)
     references = [
         np.stack([measure.embed([read_picture(path)])[0].numpy() for path in prompts[row.prompt].pictures])
         if prompts[row.prompt].pictures
@@ -140,14 +164,13 @@ def _table(audit: PictureAudit, prompts: dict[str, Prompt], out: Path, measure: 
     for state in audit.states:
         vectors = np.stack(
             [
-                measure.embed([read_picture(out / path) for path in row.made[state.state]]).numpy()
+                measure.embed([read_picture(chosen.out / path) for path in row.made[state.state]]).numpy()
                 for row in audit.prompts
             ]
         )
         found = similarities_of_state(vectors, references, before)
         before = vectors if before is None else before
-        for kind in dict.fromkeys(kinds):
-            rows = [number for number, own in enumerate(kinds) if own == kind]
+        for kind, rows in kinds.items():
             lines.append(f"| {kind} | {state.label} | {' | '.join(_cells(found, rows))} |")
     return "\n".join(lines)
 

@@ -24,7 +24,9 @@ def recipe() -> ModuleType:
 
 def test_the_protocol_runs_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_pipeline("sd1").save_pretrained(tmp_path / "pipe")
-    (tmp_path / "memorized.csv").write_text("caption,type\na photo of the lighthouse,VM\nstone garden,TM\n")
+    (tmp_path / "memorized.csv").write_text(
+        "caption,type,mean_sscd\na photo of the lighthouse,VM,0.8\nstone garden,TM,\n"
+    )
     (tmp_path / "ordinary.csv").write_text("caption\na red cat\nthe blue house\nriver stone\n")
     words = [str(tmp_path / "pipe"), "--memorized", str(tmp_path / "memorized.csv"), "--ordinary"]
     words += [str(tmp_path / "ordinary.csv"), "--out", str(tmp_path / "run"), "--rivals", "placebo tokens:1"]
@@ -37,7 +39,9 @@ def test_the_protocol_runs_and_continues(tmp_path: Path, capsys: pytest.CaptureF
     ]
     audit = load_any_audit(tmp_path / "run" / "audit.json")
     assert isinstance(audit, PictureAudit)
-    assert [row[1] for row in rows[::3]] == [state.label for state in audit.states]
+    kinds = [row[0].removeprefix("| ") for row in rows if row[1] == "before"]
+    assert kinds[:3] == ["VM", "VM, one a cluster", "VM, strict"] and "TM, strict" not in kinds
+    assert [row[1] for row in rows if row[0] == "| VM"] == [state.label for state in audit.states]
     assert "mended" in [state.state for state in audit.states]
     assert rows[0][3] == "1.00 ± 0.00" and rows[0][2] == ""
     capsys.readouterr()
