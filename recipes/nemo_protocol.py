@@ -129,8 +129,8 @@ def _detection(audit: PictureAudit) -> str:
 def _kinds(audit: PictureAudit, prompts: dict[str, Prompt], chosen: Any) -> dict[str, list[int]]:
     """Return the rows of each kind of prompt, of one prompt a cluster, and of strictly verbatim ones.
 
-    Strict: the table's `mean_sscd` exceeds 0.7, the mean over seeds and not the largest. Near duplicates make up a third
-    of the published prompts, so that figures by cluster say more.
+    Strict: the table's `mean_sscd` exceeds 0.7, the mean over seeds and not the largest. Near duplicates make up a
+    third of the published prompts, so that figures by cluster say more.
     """
     names = [prompts[row.prompt].kind or row.group for row in audit.prompts]
     firsts = {group[0] for group in clusters([row.prompt for row in audit.prompts])}
