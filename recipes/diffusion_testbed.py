@@ -82,13 +82,7 @@ def _prepared(pipe: Any, testbed: Testbed, out: Path, progress: ProgressPrinter)
         pipe, captions[:NUM_CALIBRATION], path=out / "calibration.json", progress=progress
     ).threshold
     settings = NemoSettings()
-    search = replace(
-        settings.search,
-        gate_threshold=threshold,
-        selection_threshold=threshold,
-        refinement_threshold=threshold,
-    )
-    return statistics, replace(settings, search=search)
+    return statistics, replace(settings, search=settings.search.at(threshold))
 
 
 def _memorized(testbed: Testbed, out: Path, chosen: Any, progress: ProgressPrinter) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_the_gate_tells_targets_from_ordinary_prompts(shipped: Testbed, memorize
 def test_what_is_found_holds_the_picture_and_a_placebo_does_not(shipped: Testbed, memorized: Any) -> None:
     target = shipped.of_group("target")[4]
     statistics = collect_statistics(memorized, shipped.captions()[:100])
-    search = SearchSettings(gate_threshold=0.75, selection_threshold=0.75, refinement_threshold=0.75)
+    search = SearchSettings().at(0.75)
     (result,) = localize(memorized, [target.prompt], statistics, NemoSettings(search=search))
     found = result.neurons(fingerprint(memorized), statistics.sites)
     assert result.is_memorized and not result.is_replaced and 0 < len(found) < 40

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,15 @@ class SearchSettings:
             )
         if math.isinf(self.initial_theta) and not self.has_top_k:
             raise ConfigError("neither theta nor top-k chooses any neuron; switch one of them on")
+
+    def at(self, threshold: float) -> SearchSettings:
+        """Return the settings with one threshold, unitless, for gate, selection and refinement, as published."""
+        return replace(
+            self,
+            gate_threshold=threshold,
+            selection_threshold=threshold,
+            refinement_threshold=threshold,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,13 +182,7 @@ def _settings(
         threshold = calibration.threshold
     if threshold is None:
         return settings
-    search = replace(
-        settings.search,
-        gate_threshold=threshold,
-        selection_threshold=threshold,
-        refinement_threshold=threshold,
-    )
-    return replace(settings, search=search)
+    return replace(settings, search=settings.search.at(threshold))
 
 
 def _gate_others(
