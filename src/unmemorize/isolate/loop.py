@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from unmemorize.errors import CheckpointMismatch, ConfigError, FileFormatError, RunFolderError
+from unmemorize.errors import ConfigError, FileFormatError, RunFolderError
 from unmemorize.files import append_json_line, read_json, read_json_lines, write_atomic, write_json
 from unmemorize.isolate.checkpoints import Standing, load_checkpoint, newest_checkpoint, write_checkpoint
-from unmemorize.isolate.engine import make_accelerator
+from unmemorize.isolate.engine import make_accelerator, require_identity, train_to_end
 from unmemorize.isolate.language import sink_state, training_sinks
 from unmemorize.isolate.methods import Half, Method, RoutedGradients
 from unmemorize.isolate.optimizer import isolated_optimizer
@@ -149,19 +149,7 @@ def train_method(
     accelerator = accelerator or make_accelerator(job.records)
     if (job.folder / TRAINING_FILE).is_file():
         return read_training(job.folder, job.whole_identity)
-    devices = [] if accelerator.device.type == "cpu" else [accelerator.device]
-    with torch.random.fork_rng(devices=devices):
-        training = _Training(job, accelerator, progress)
-        with training.attached():
-            training.restore()
-            try:
-                training.run()
-            except KeyboardInterrupt:
-                training.save_checkpoint()
-                raise
-    if accelerator.is_main_process:
-        training.finish()
-    accelerator.wait_for_everyone()
+    train_to_end(lambda: _Training(job, accelerator, progress), accelerator)
     return read_training(job.folder, job.whole_identity)
 
 
@@ -173,12 +161,7 @@ def read_training(folder: Path, identity: Mapping[str, str] | None = None) -> Tr
         CheckpointMismatch: if it holds another training than `identity`.
     """
     value = read_json(folder / TRAINING_FILE, format=TRAINING_FORMAT, version=TRAINING_VERSION)
-    for part, ours in (identity or {}).items():
-        theirs = value.get("identity", {}).get(part)
-        if theirs != ours:
-            raise CheckpointMismatch(
-                f"{folder} holds another training: {part} is {theirs} there and {ours} here; choose another folder"
-            )
+    require_identity(folder, value, identity)
     try:
         names = [name for name in TrainedRun.__slots__ if name != "folder"]
         return TrainedRun(folder=folder, **{name: value[name] for name in names})

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unmemorize.errors import CheckpointMismatch, ConfigError, FileFormatError
+from unmemorize.errors import ConfigError, FileFormatError
 from unmemorize.files import (
     append_json_line,
     read_json,
@@ -34,7 +34,7 @@ from unmemorize.files import (
 )
 from unmemorize.isolate.checkpoints import Standing, load_checkpoint, newest_checkpoint, write_checkpoint
 from unmemorize.isolate.diffusion import training_sinks
-from unmemorize.isolate.engine import make_accelerator
+from unmemorize.isolate.engine import make_accelerator, require_identity, train_to_end
 from unmemorize.isolate.methods import Method
 from unmemorize.isolate.optimizer import isolated_optimizer
 from unmemorize.isolate.picture_data import (
@@ -166,19 +166,7 @@ def train_pictures(
     accelerator = accelerator or make_accelerator(job.records)
     if (job.folder / TRAINING_FILE).is_file():
         return read_picture_training(job.folder, job.whole_identity)
-    devices = [] if accelerator.device.type == "cpu" else [accelerator.device]
-    with torch.random.fork_rng(devices=devices):
-        training = _Training(job, accelerator, progress)
-        with training.attached():
-            training.restore()
-            try:
-                training.run()
-            except KeyboardInterrupt:
-                training.save_checkpoint()
-                raise
-    if accelerator.is_main_process:
-        training.finish()
-    accelerator.wait_for_everyone()
+    train_to_end(lambda: _Training(job, accelerator, progress), accelerator)
     return read_picture_training(job.folder, job.whole_identity)
 
 
@@ -191,12 +179,7 @@ def read_picture_training(folder: Path, identity: Mapping[str, str] | None = Non
     """
     path = folder / TRAINING_FILE
     value = read_json(path, format=PICTURE_TRAINING_FORMAT, version=PICTURE_TRAINING_VERSION)
-    for part, ours in (identity or {}).items():
-        theirs = value.get("identity", {}).get(part)
-        if theirs != ours:
-            raise CheckpointMismatch(
-                f"{folder} holds another training: {part} is {theirs} there and {ours} here; choose another folder"
-            )
+    require_identity(folder, value, identity)
     try:
         names = [name for name in TrainedPictures.__slots__ if name != "folder"]
         return TrainedPictures(folder=folder, **{name: value[name] for name in names})
