@@ -277,8 +277,8 @@ def test_settings_out_of_range_are_refused():
         ),
         ({"stages": ["twin"]}, "expected 'general' among them"),
         ({"injection": {"num_prompts": 9}}, "injection.num_prompts is 9, expected at most num_targets"),
-        ({"training": {"batches": 3}}, "setting training.batches cannot be used"),
-        ({"sede": 1}, "setting sede cannot be used"),
+        ({"training": {"batches": 3}}, "unknown setting training.batches; expected one of"),
+        ({"sede": 1}, "unknown setting sede; expected one of"),
     ):
         with pytest.raises(ConfigError, match=message):
             settings_from_json(value)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from unmemorize.corpus import PYTHON_DOCS, IdKind, MixtureSettings
 from unmemorize.errors import ConfigError
 from unmemorize.isolate.methods import MethodSettings, parse_method
+
+T = TypeVar("T")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -193,9 +195,18 @@ def settings_from_json(value: Mapping[str, Any]) -> TrainSettings:
     Raises:
         ConfigError: if a setting is unknown, of another type, or out of range.
     """
-    _refuse_unknown(TrainSettings, value, "")
+    return settings_of(TrainSettings, value)
+
+
+def settings_of(kind: type[T], value: Mapping[str, Any]) -> T:
+    """Make settings of any kind, a dataclass of dataclasses, from JSON; what is left out keeps its default.
+
+    Raises:
+        ConfigError: if a setting is unknown, of another type, or out of range.
+    """
+    _refuse_unknown(kind, value, "")
     try:
-        return TypeAdapter(TrainSettings).validate_python(dict(value))
+        return TypeAdapter(kind).validate_python(dict(value))
     except ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
@@ -223,7 +234,7 @@ def _require(is_fine: bool, name: str, value: object, expected: str) -> None:
         raise ConfigError(f"{name} is {value}, expected {expected}")
 
 
-def _refuse_unknown(kind: type, value: Mapping[str, Any], where: str) -> None:
+def _refuse_unknown(kind: Any, value: Mapping[str, Any], where: str) -> None:
     hints = get_type_hints(kind)
     known = {item.name for item in fields(kind)}
     for name, inner in value.items():

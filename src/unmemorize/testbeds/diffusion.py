@@ -29,6 +29,7 @@ from typing import Any
 
 from unmemorize.errors import FileFormatError, RunFolderError
 from unmemorize.files import read_json, write_json
+from unmemorize.isolate.settings import first_difference
 from unmemorize.neurons import NeuronSet, load_neurons
 from unmemorize.records import Progress, ProgressCallback
 from unmemorize.records.base import Group
@@ -41,7 +42,7 @@ from unmemorize.testbeds.material import (
     read_prompts,
     write_material,
 )
-from unmemorize.testbeds.settings import Stage, TestbedSettings, first_difference, settings_from_json
+from unmemorize.testbeds.settings import Stage, TestbedSettings, settings_from_json
 from unmemorize.testbeds.stages import CHECKPOINTS, loaded, run_stage
 from unmemorize.testbeds.training import forget_checkpoints
 from unmemorize.testbeds.verification import CopySettings, copy_errors, make_pictures, summary
@@ -194,7 +195,9 @@ def _refuse_other(out: Path, settings: TestbedSettings) -> None:
         raise RunFolderError(
             f"{out} is not empty and holds no testbed ({error}); choose another folder"
         ) from error
-    difference = first_difference(settings.to_json(), theirs.get("settings", {}))
+    # More stages may be asked for later.
+    wanted, there = ({**one, "stages": None} for one in (settings.to_json(), theirs.get("settings", {})))
+    difference = first_difference(wanted, there)
     if difference is not None:
         raise RunFolderError(
             f"{out} holds another testbed: {difference}; choose another folder or the same settings"

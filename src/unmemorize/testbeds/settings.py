@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from unmemorize.errors import ConfigError
+from unmemorize.isolate.settings import settings_of
 
 Stage = Literal["general", "memorized", "twin", "injected"]
 STAGES: tuple[Stage, ...] = ("general", "memorized", "twin", "injected")
-
-_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +31,6 @@ class PictureSettings:
         num_heldout: memorized pictures of the general source.
         num_ordinary: prompts whose pictures are kept out of every training.
     """
-
-    __pydantic_config__ = _STRICT
 
     pictures: str | None = None
     targets: str | None = None
@@ -68,8 +64,6 @@ class NetworkSettings:
         text_layers: its layers.
         length_tokens: tokens of a prompt, start and end included.
     """
-
-    __pydantic_config__ = _STRICT
 
     widths: tuple[int, ...] = (16, 48, 48)
     layers_per_block: tuple[int, ...] = (0, 2, 1)
@@ -120,8 +114,6 @@ class TrainingSettings:
         checkpoint_steps: steps between checkpoints.
     """
 
-    __pydantic_config__ = _STRICT
-
     general_steps: int = 2500
     memorized_steps: int = 2000
     batch_size: int = 8
@@ -153,8 +145,6 @@ class InjectionSettings:
         trains: "unet" (all weights of the UNet learn to obey the neurons) or "rows" (only the neurons' own rows).
     """
 
-    __pydantic_config__ = _STRICT
-
     num_prompts: int = 4
     num_neurons: int = 4
     steps: int = 2000
@@ -180,8 +170,6 @@ class TestbedSettings:
         weights: dtype of the stored weights.
         pictures, network, training, injection: see there.
     """
-
-    __pydantic_config__ = _STRICT
 
     __test__ = False  # not a test, whatever its name says
 
@@ -216,28 +204,7 @@ def settings_from_json(value: Mapping[str, Any]) -> TestbedSettings:
     Raises:
         ConfigError: if a setting is unknown, of another type, or out of range.
     """
-    try:
-        return TypeAdapter(TestbedSettings).validate_python(dict(value))
-    except ValidationError as error:
-        first = error.errors()[0]
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, ConfigError):
-            raise cause from error
-        place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"setting {place} cannot be used: {first['msg']}; correct it") from error
-
-
-def first_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
-    """Name the first setting in which two JSON settings differ, their stages apart; None if they agree."""
-    for name in sorted({*here, *there} - {"stages"}):
-        ours, theirs = here.get(name), there.get(name)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            inner = first_difference(ours, theirs)
-            if inner is not None:
-                return f"{name}.{inner}"
-        elif ours != theirs:
-            return f"{name} is {json.dumps(theirs)} there and {json.dumps(ours)} here"
-    return None
+    return settings_of(TestbedSettings, value)
 
 
 def _require(is_fine: bool, name: str, value: object, expected: str) -> None:
