@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,14 +96,13 @@ def _examples(chosen: Any) -> tuple[Path, dict[str, Prompt]]:
     """Put both tables into one with groups, so that the run folder says what it was made from."""
     targets = read_prompts(chosen.memorized, limit=chosen.limit)
     ordinary = read_prompts(chosen.ordinary, group="ordinary", limit=chosen.limit)
-    path = chosen.out / "prompts.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("prompt", "group", "type", "picture"))
-        for prompt in (*targets, *ordinary):
-            pictures = "|".join(str(picture.resolve()) for picture in prompt.pictures)
-            writer.writerow((prompt.text, prompt.group, prompt.kind, pictures))
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("prompt", "group", "type", "picture"))
+    for prompt in (*targets, *ordinary):
+        pictures = "|".join(str(picture.resolve()) for picture in prompt.pictures)
+        writer.writerow((prompt.text, prompt.group, prompt.kind, pictures))
+    path = write_atomic(chosen.out / "prompts.csv", table.getvalue())
     return path, {prompt.text: prompt for prompt in (*targets, *ordinary)}
 
 
