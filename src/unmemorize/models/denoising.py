@@ -229,14 +229,8 @@ def record(
 
 def encoded(pipe: Pipeline, prompts: Sequence[str]) -> Tensor:
     """Return what the denoiser receives as `encoder_hidden_states`, shape (N, T, D), for N prompts."""
-    states: Tensor = text_arguments(pipe, prompts)["encoder_hidden_states"]
+    states: Tensor = conditions(pipe, prompts)["encoder_hidden_states"]
     return states
-
-
-def text_arguments(pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
-    """Return every argument of the denoiser's first call for N prompts, by name. No denoiser pass is made."""
-    _, arguments = _first_call(pipe, list(prompts), 1, [torch.Generator()], _NUM_STEPS, 0.0, None)
-    return arguments
 
 
 @torch.no_grad()

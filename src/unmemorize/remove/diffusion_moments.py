@@ -22,7 +22,7 @@ from unmemorize.gates import module_at
 from unmemorize.localize.activations import token_positions
 from unmemorize.localize.scores import chained_digest
 from unmemorize.models.base import fingerprint_of
-from unmemorize.models.denoising import Pipeline, denoiser_of, text_arguments
+from unmemorize.models.denoising import Pipeline, conditions, denoiser_of
 from unmemorize.models.diffusion import DenoiserRow, row_for
 from unmemorize.records import Progress, ProgressCallback
 from unmemorize.remove.moments import SecondMoments, load_second_moments
@@ -56,7 +56,7 @@ def text_states(
             f"text states of {type(denoiser_of(pipe)).__name__} depend on the picture too, so that a closed-form edit "
             "has no fixed inputs; use fold"
         )
-    arguments = text_arguments(pipe, prompts)
+    arguments = conditions(pipe, prompts)
     states: Tensor = arguments["encoder_hidden_states"]
     mask = arguments.get("encoder_attention_mask")
     attended = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
