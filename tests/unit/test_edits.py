@@ -199,11 +199,11 @@ def test_moments_survive_a_file_and_shards_add_up(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_moments_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match="does not exist"):
+    with pytest.raises(FileFormatError, match="cannot read second moments from"):
         load_second_moments(tmp_path / "none")
     whole = moments(random(2, 3, WIDTH, seed=5), torch.ones((2, 3), dtype=torch.bool)).save(tmp_path / "m")
     (tmp_path / "torn").write_bytes(whole.read_bytes()[:100])
-    with pytest.raises(FileFormatError, match="not a complete safetensors file"):
+    with pytest.raises(FileFormatError, match="cannot read second moments"):
         load_second_moments(tmp_path / "torn")
     from safetensors.torch import save_file
 

@@ -9,7 +9,6 @@ Source: Chang, Thomason and Jia 2024 (selection per layer, first layer left out)
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from unmemorize.errors import ConfigError, FileFormatError, ShapeMismatch
-from unmemorize.files import write_atomic
 from unmemorize.neurons import NeuronSet, Site
+from unmemorize.tensor_files import read_tensors, write_tensors
 
 SCORES_FORMAT = "unmemorize.neuron_scores"
 SCORES_VERSION = 1
@@ -140,11 +139,7 @@ class NeuronScores:
 
     def save(self, path: str | Path) -> Path:
         """Write the scores as one safetensors file with a JSON header, atomically."""
-        from safetensors.torch import save
-
         header = {
-            "format": SCORES_FORMAT,
-            "format_version": SCORES_VERSION,
             "model_id": self.model_id,
             "method": self.method,
             "cost": asdict(self.cost),
@@ -152,9 +147,8 @@ class NeuronScores:
             "details": dict(self.details),
             "sites": [[site.path, site.side, site.width, site.start] for site in self.sites],
         }
-        tensors = {f"scores_{i}": values.contiguous() for i, values in enumerate(self.values)}
-        metadata = {"format": SCORES_FORMAT, "header": json.dumps(header, allow_nan=False)}
-        return write_atomic(path, save(tensors, metadata=metadata))
+        tensors = {f"scores_{i}": values for i, values in enumerate(self.values)}
+        return write_tensors(path, tensors, format=SCORES_FORMAT, version=SCORES_VERSION, header=header)
 
 
 def _number(width: int, share: float | None, count: int | None) -> int:
@@ -176,29 +170,20 @@ def load_scores(path: str | Path) -> NeuronScores:
     Raises:
         FileFormatError: if the file is missing, torn, or of another format or version.
     """
-    from safetensors import SafetensorError, safe_open
-
+    header, tensors = read_tensors(path, format=SCORES_FORMAT, version=SCORES_VERSION, what="neuron scores")
     try:
-        with safe_open(str(path), framework="pt") as stream:
-            header = json.loads((stream.metadata() or {}).get("header", "{}"))
-            if (header.get("format"), header.get("format_version")) != (SCORES_FORMAT, SCORES_VERSION):
-                raise FileFormatError(
-                    f"{path} is not a {SCORES_FORMAT} file of version {SCORES_VERSION}; localize again"
-                )
-            sites = tuple(Site(*fields) for fields in header["sites"])
-            return NeuronScores(
-                model_id=header["model_id"],
-                sites=sites,
-                values=tuple(stream.get_tensor(f"scores_{i}") for i in range(len(sites))),
-                method=header["method"],
-                cost=ScoringCost(**header["cost"]),
-                examples=tuple(header["examples"]),
-                details=header["details"],
-            )
-    except FileFormatError:
-        raise
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"cannot read neuron scores {path} ({error}); localize again") from error
+        sites = tuple(Site(*fields) for fields in header["sites"])
+        return NeuronScores(
+            model_id=header["model_id"],
+            sites=sites,
+            values=tuple(tensors[f"scores_{i}"] for i in range(len(sites))),
+            method=header["method"],
+            cost=ScoringCost(**header["cost"]),
+            examples=tuple(header["examples"]),
+            details=header["details"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"cannot read neuron scores from {path} ({error}); localize again") from error
 
 
 def mean_scores(parts: Sequence[NeuronScores]) -> NeuronScores:

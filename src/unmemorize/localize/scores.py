@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from unmemorize.errors import ConfigError, FileFormatError, ShapeMismatch, missing_extra
-from unmemorize.files import write_atomic
 from unmemorize.neurons import Site
+from unmemorize.tensor_files import read_tensors, write_tensors
 
 Ranges = Literal["call", "pair"]
 
@@ -105,20 +105,18 @@ class ActivationStatistics:
 
     def save(self, path: str | Path) -> Path:
         """Write the statistics as one safetensors file, atomically."""
-        from safetensors.torch import save
-
-        tensors = {f"mean_{i}": mean.contiguous() for i, mean in enumerate(self.means)}
-        tensors |= {f"squares_{i}": square.contiguous() for i, square in enumerate(self.squares)}
+        tensors = {f"mean_{i}": mean for i, mean in enumerate(self.means)}
+        tensors |= {f"squares_{i}": square for i, square in enumerate(self.squares)}
         header = {
-            "format": STATISTICS_FORMAT,
-            "format_version": str(STATISTICS_VERSION),
             "model_id": self.model_id,
-            "count": str(self.count),
+            "count": self.count,
             "positions": self.positions,
             "digest": self.digest,
-            "sites": "\n".join(f"{s.path} {s.side} {s.width} {s.start}" for s in self.sites),
+            "sites": [[s.path, s.side, s.width, s.start] for s in self.sites],
         }
-        return write_atomic(path, save(tensors, metadata=header))
+        return write_tensors(
+            path, tensors, format=STATISTICS_FORMAT, version=STATISTICS_VERSION, header=header
+        )
 
 
 def chained_digest(digest: str, examples: Iterable[str]) -> str:
@@ -134,35 +132,23 @@ def load_statistics(path: str | Path) -> ActivationStatistics:
     Raises:
         FileFormatError: if the file is missing, torn, or of another format or version.
     """
-    from safetensors import SafetensorError, safe_open
-
+    header, tensors = read_tensors(
+        path, format=STATISTICS_FORMAT, version=STATISTICS_VERSION, what="activation statistics"
+    )
     try:
-        with safe_open(str(path), framework="pt") as stream:
-            header = stream.metadata() or {}
-            if (header.get("format"), header.get("format_version")) != (
-                STATISTICS_FORMAT,
-                str(STATISTICS_VERSION),
-            ):
-                raise FileFormatError(
-                    f"{path} is not a {STATISTICS_FORMAT} file of version {STATISTICS_VERSION}; collect the "
-                    "statistics again"
-                )
-            lines: list[list[Any]] = [line.split(" ") for line in header["sites"].split("\n")]
-            sites = tuple(Site(p, side, int(width), int(start)) for p, side, width, start in lines)
-            return ActivationStatistics(
-                model_id=header["model_id"],
-                sites=sites,
-                count=int(header["count"]),
-                means=tuple(stream.get_tensor(f"mean_{i}") for i in range(len(sites))),
-                squares=tuple(stream.get_tensor(f"squares_{i}") for i in range(len(sites))),
-                positions=header["positions"],
-                digest=header["digest"],
-            )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        if isinstance(error, FileFormatError):
-            raise
+        sites = tuple(Site(*fields) for fields in header["sites"])
+        return ActivationStatistics(
+            model_id=header["model_id"],
+            sites=sites,
+            count=header["count"],
+            means=tuple(tensors[f"mean_{i}"] for i in range(len(sites))),
+            squares=tuple(tensors[f"squares_{i}"] for i in range(len(sites))),
+            positions=header["positions"],
+            digest=header["digest"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(
-            f"cannot read activation statistics {path} ({error}); collect the statistics again"
+            f"cannot read activation statistics from {path} ({error}); collect them again"
         ) from error
 
 

@@ -9,15 +9,14 @@ folder, keep the file. Family-free; loading a model again is the caller's work.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from unmemorize.errors import CheckpointMismatch, FileFormatError
-from unmemorize.files import write_atomic
+from unmemorize.errors import CheckpointMismatch
+from unmemorize.tensor_files import read_tensors, write_tensors
 
 UNDO_FORMAT = "unmemorize.changes"
 UNDO_VERSION = 1
@@ -83,16 +82,8 @@ def write_undo(path: str | Path, undo: Mapping[str, Tensor], *, original: str, r
         original: fingerprint of the model before the edit.
         result: fingerprint of the model after it.
     """
-    from safetensors.torch import save
-
-    header = {
-        "format": UNDO_FORMAT,
-        "format_version": str(UNDO_VERSION),
-        "original": original,
-        "result": result,
-    }
-    tensors = {name: tensor.contiguous() for name, tensor in undo.items()}
-    return write_atomic(path, save(tensors, metadata={"unmemorize": json.dumps(header)}))
+    header = {"original": original, "result": result}
+    return write_tensors(path, undo, format=UNDO_FORMAT, version=UNDO_VERSION, header=header)
 
 
 def read_undo(path: str | Path) -> tuple[dict[str, Tensor], str, str]:
@@ -104,21 +95,7 @@ def read_undo(path: str | Path) -> tuple[dict[str, Tensor], str, str]:
     Raises:
         FileFormatError: if the file is missing, damaged, or of another kind or version.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as stream:
-            header = json.loads((stream.metadata() or {}).get("unmemorize", "{}"))
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise FileFormatError(
-            f"cannot read undo data from {path}: {error}; it lies beside an exported folder, named like it"
-        ) from error
-    if header.get("format") != UNDO_FORMAT or header.get("format_version") != str(UNDO_VERSION):
-        raise FileFormatError(
-            f"{path} is not {UNDO_FORMAT} version {UNDO_VERSION} (found {header.get('format')!r} "
-            f"{header.get('format_version')!r}); pass the file that was written with the export"
-        )
+    header, tensors = read_tensors(path, format=UNDO_FORMAT, version=UNDO_VERSION, what="undo data")
     return tensors, str(header["original"]), str(header["result"])
 
 

@@ -15,7 +15,6 @@ Source: Merullo et al. 2025, arXiv 2510.24256; K-FAC: Martens and Grosse 2015.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unmemorize.errors import CheckpointMismatch, FileFormatError
-from unmemorize.files import write_atomic
+from unmemorize.errors import CheckpointMismatch
 from unmemorize.models.language import MlpRow, fingerprint
 from unmemorize.records import Progress, ProgressCallback
 from unmemorize.remove.matrices import (
@@ -41,6 +39,7 @@ from unmemorize.remove.matrices import (
 from unmemorize.remove.objectives import IGNORED, padded
 from unmemorize.remove.settings import CurvatureSettings, SvdSettings
 from unmemorize.remove.spectra import Factors, without_low_curvature, without_small_singular
+from unmemorize.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,19 +66,12 @@ class CurvatureFactors:
 
     def save(self, path: str | Path) -> Path:
         """Write the factors as safetensors, atomically."""
-        from safetensors.torch import save
-
-        header = {
-            "format": FACTORS_FORMAT,
-            "format_version": FACTORS_VERSION,
-            "model_id": self.model_id,
-            "num_positions": self.num_positions,
-        }
         tensors: dict[str, Tensor] = {}
         for name, factors in self.by_matrix.items():
-            tensors[f"{name}.inputs"] = factors.inputs_II.cpu().clone()
-            tensors[f"{name}.gradients"] = factors.gradients_OO.cpu().clone()
-        return write_atomic(path, save(tensors, metadata={"unmemorize": json.dumps(header)}))
+            tensors[f"{name}.inputs"] = factors.inputs_II
+            tensors[f"{name}.gradients"] = factors.gradients_OO
+        header = {"model_id": self.model_id, "num_positions": self.num_positions}
+        return write_tensors(path, tensors, format=FACTORS_FORMAT, version=FACTORS_VERSION, header=header)
 
 
 def load_factors(path: str | Path) -> CurvatureFactors:
@@ -88,18 +80,7 @@ def load_factors(path: str | Path) -> CurvatureFactors:
     Raises:
         FileFormatError: if the file is missing, damaged, or of another kind or version.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as stream:
-            header = json.loads((stream.metadata() or {}).get("unmemorize", "{}"))
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise FileFormatError(f"cannot read factors from {path}: {error}; collect them again") from error
-    if header.get("format") != FACTORS_FORMAT or header.get("format_version") != FACTORS_VERSION:
-        raise FileFormatError(
-            f"{path} is not a file of {FACTORS_FORMAT} version {FACTORS_VERSION}; collect again"
-        )
+    header, tensors = read_tensors(path, format=FACTORS_FORMAT, version=FACTORS_VERSION, what="factors")
     names = [name.removesuffix(".inputs") for name in tensors if name.endswith(".inputs")]
     by_matrix = {name: Factors(tensors[f"{name}.inputs"], tensors[f"{name}.gradients"]) for name in names}
     return CurvatureFactors(header["model_id"], header["num_positions"], by_matrix)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from unmemorize.errors import ConfigError, FileFormatError, ShapeMismatch
-from unmemorize.files import write_atomic
 from unmemorize.localize.scores import chained_digest
+from unmemorize.tensor_files import read_tensors, write_tensors
 
 MOMENTS_FORMAT = "unmemorize.moments"
 MOMENTS_VERSION = 1
@@ -125,17 +125,13 @@ class SecondMoments:
 
     def save(self, path: str | Path) -> Path:
         """Write the moments as one safetensors file (format `unmemorize.moments`), atomically."""
-        from safetensors.torch import save
-
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        header = {
-            "format": MOMENTS_FORMAT,
-            "format_version": str(MOMENTS_VERSION),
-            "text_id": self.text_id,
-            "num_captions": str(self.num_captions),
-            "digest": self.digest,
-        }
-        return write_atomic(path, save(tensors, metadata=header))
+        return write_tensors(
+            path,
+            {name: getattr(self, name) for name in _TENSORS},
+            format=MOMENTS_FORMAT,
+            version=MOMENTS_VERSION,
+            header={"text_id": self.text_id, "num_captions": self.num_captions, "digest": self.digest},
+        )
 
 
 def load_second_moments(path: str | Path) -> SecondMoments:
@@ -144,30 +140,15 @@ def load_second_moments(path: str | Path) -> SecondMoments:
     Raises:
         FileFormatError: if the file is missing, torn, or of another format or version.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as stream:
-            header = stream.metadata() or {}
-            found = (header.get("format"), header.get("format_version"))
-            is_ours = found == (MOMENTS_FORMAT, str(MOMENTS_VERSION))
-            tensors = {name: stream.get_tensor(name) for name in _TENSORS} if is_ours else {}
-    except FileNotFoundError as error:
-        raise FileFormatError(f"{path} does not exist; expected a file of second moments") from error
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(
-            f"{path} is not a complete safetensors file ({error}); make it again"
-        ) from error
-    if not is_ours:
-        raise FileFormatError(
-            f"{path} is not a {MOMENTS_FORMAT} file of version {MOMENTS_VERSION} (found {found}); pass the right file"
-        )
+    header, tensors = read_tensors(
+        path, format=MOMENTS_FORMAT, version=MOMENTS_VERSION, what="second moments"
+    )
     try:
         return SecondMoments(
             text_id=header["text_id"],
-            num_captions=int(header["num_captions"]),
+            num_captions=header["num_captions"],
             digest=header["digest"],
-            **tensors,
+            **{name: tensors[name] for name in _TENSORS},
         )
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         raise FileFormatError(f"{path} lacks {error}; make it again") from error
