@@ -172,6 +172,7 @@ def test_long_prompts_are_named_in_one_line(folder: Path, capsys: pytest.Capture
     assert main(["localize", str(folder / "pipe"), *named, "--threshold", "0.9999"]) == 0
     err = capsys.readouterr().err
     assert err.count("unmemorize: warning: ") == 1 and "lighthouse" in err and "UserWarning" not in err
+    assert "[transformers]" not in err and "was truncated because" not in err
 
 
 def test_clusters_share_one_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

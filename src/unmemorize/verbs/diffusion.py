@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from unmemorize.errors import ConfigError, DataError
 from unmemorize.verbs.answers import (
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from unmemorize.models.denoising import Pipeline
     from unmemorize.neurons import NeuronSet, Site
     from unmemorize.records import LocalizedPrompt, ProgressCallback
+
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +59,23 @@ class NemoOptions:
     column: str | None = None
 
 
+def quietly(verb: Callable[P, Answer]) -> Callable[P, Answer]:
+    """Keep notes and bars of the libraries underneath out of a verb's progress; warnings of ours say what matters."""
+
+    @functools.wraps(verb)
+    def quiet(*args: P.args, **kwargs: P.kwargs) -> Answer:
+        from unmemorize.errors import missing_extra
+        from unmemorize.models.diffusion import quiet_diffusers
+
+        if find_spec("diffusers") is None:
+            raise missing_extra("diffusers", "images")
+        with quiet_diffusers():
+            return verb(*args, **kwargs)
+
+    return quiet
+
+
+@quietly
 def check(model: str, row: str | None) -> Answer:
     """Run the self-check of a pipeline."""
     from unmemorize.models.diffusion import DenoiserRow, fingerprint, load
@@ -83,6 +105,7 @@ def opened(model: str | Path, loading: Loading) -> Pipeline:
         raise ConfigError(f"cannot use device {device!r}: {reason}; choose another --device") from error
 
 
+@quietly
 def localize(
     progress: ProgressCallback,
     model: str,
@@ -226,6 +249,7 @@ class PictureOptions:
     title: str = ""
 
 
+@quietly
 def audit(
     progress: ProgressCallback,
     model: str,
@@ -327,6 +351,7 @@ def measures_of(files: Sequence[Path], device: str) -> list[SimilarityMeasure]:
     return [*found, structure()]
 
 
+@quietly
 def remove(
     progress: ProgressCallback,
     model: str,
