@@ -135,14 +135,24 @@ def _audited(
     ways = states(pipe, neurons, rivals="placebo first-layer adjusted", own=own, others={"twin": twin})
     others = [p.prompt for p in testbed.prompts if p.group in ("neighbour", "heldout")]
     protecting = collect_second_moments(pipe, testbed.captions()[:NUM_CAPTIONS] + others * PROTECTION)
+    strangers = [prompt.prompt for prompt in testbed.of_group("ordinary")[NUM_ORDINARY:]][: len(targets)]
     edits = {
-        "edited": ("Closed-form edit of the rows found.", moments, neurons, 0.01),
-        "edited-layers": ("Closed-form edit of all searched layers.", moments, None, 0.01),
-        "edited-protecting": ("The same, other memorized prompts protected.", protecting, None, 0.1),
+        "edited": ("Closed-form edit of the rows found.", targets, moments, neurons, 0.01),
+        "edited-layers": ("Closed-form edit of all searched layers.", targets, moments, None, 0.01),
+        "edited-protecting": ("The same, other memorized prompts protected.", targets, protecting, None, 0.1),
+        "edited-placebo": (
+            "As edited-layers, for as many other ordinary prompts.",
+            strangers,
+            moments,
+            None,
+            0.01,
+        ),
     }
-    for name, (text, ordinary, rows, strength) in edits.items():
-        edited = edit_values(pipe, targets, ordinary, neurons=rows, strength=strength)
-        ways.append(Way(state=name, label=name, pipe=edited, description=text, identity=fingerprint(edited)))
+    for name, (text, prompts, ordinary, rows, strength) in edits.items():
+        edited = edit_values(pipe, prompts, ordinary, neurons=rows, strength=strength)
+        is_rival = name == "edited-placebo"
+        way = Way(state=name, label=name, pipe=edited, description=text, identity=fingerprint(edited))
+        ways.append(replace(way, is_rival=is_rival))
     groups = {prompt.prompt: prompt.group for prompt in testbed.prompts}
     kept = [prompt for prompt in testbed.prompts if prompt.group != "ordinary"]
     kept += testbed.of_group("ordinary")[:NUM_ORDINARY]

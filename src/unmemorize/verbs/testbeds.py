@@ -34,7 +34,7 @@ def testbed(progress: ProgressCallback, out: Path, settings: Path | None, option
 
 
 def demo(progress: ProgressCallback, out: Path, device: str) -> Answer:
-    """Find, switch off, edit away and audit what the shipped pipeline has memorized, and report."""
+    """Find, switch off, fold away and audit what the shipped pipeline has memorized, and report."""
     from unmemorize.report import write_report
     from unmemorize.testbeds.shipped import shipped_testbed
     from unmemorize.verbs import diffusion
@@ -48,7 +48,7 @@ def demo(progress: ProgressCallback, out: Path, device: str) -> Answer:
     )
     neurons, plain = out / "neurons.json", out / "plain"
     if not plain.exists():
-        diffusion.remove(progress, str(model), plain, None, "edit", False, examples, ordinary, None)
+        diffusion.remove(progress, str(model), plain, neurons, "fold", False, None, None, None)
     options = diffusion.PictureOptions(
         neurons=neurons,
         mended=plain,
