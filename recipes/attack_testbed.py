@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from embedding_attack import attacked_embedding, best_similarity
 
-from unmemorize.audit.attacks import retrieve
 from unmemorize.audit.pictures import read_picture
 from unmemorize.audit.similarity import structure
 from unmemorize.models.diffusion import load
@@ -29,8 +28,6 @@ from unmemorize.remove.diffusion_edits import edit_values
 from unmemorize.remove.diffusion_moments import collect_second_moments
 from unmemorize.testbeds.diffusion import Testbed, load_testbed
 from unmemorize.testbeds.material import TestbedPrompt
-
-SEEDS = (1000, 1001, 1002, 1003)
 
 
 def main() -> None:
@@ -68,24 +65,15 @@ def _states(testbed: Testbed, found: Path) -> Sequence[tuple[str, Any, Any]]:
 
 
 def _attack(pipe: Any, target: TestbedPrompt) -> dict[str, Any]:
-    pixels = torch.from_numpy(read_picture(target.picture)).permute(2, 0, 1) / 255
-    return retrieve(pipe, pixels, start=target.prompt).embedding.arguments()
+    found = attacked_embedding(pipe, read_picture(target.picture), start=target.prompt)
+    arguments: dict[str, Any] = found.embedding.arguments()
+    return arguments
 
 
 def _best(pipe: Any, target: TestbedPrompt, arguments: dict[str, Any]) -> float:
     """Return the largest similarity of four pictures to the target's."""
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    made = pipe(
-        **arguments,
-        num_images_per_prompt=len(SEEDS),
-        num_inference_steps=20,
-        guidance_scale=1.5,
-        generator=generators,
-        output_type="np",
-    ).images
-    pictures = [(image * 255).round().clip(0, 255).astype(np.uint8) for image in made]
-    reference, *vectors = structure().embed([read_picture(target.picture), *pictures])
-    return max(float(vector @ reference) for vector in vectors)
+    picture = read_picture(target.picture)
+    return best_similarity(pipe, arguments, picture, structure(), steps=20, guidance=1.5)
 
 
 if __name__ == "__main__":

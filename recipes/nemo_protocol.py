@@ -3,6 +3,8 @@
     python recipes/nemo_protocol.py MODEL --memorized memorized.csv --ordinary unmemorized.csv --out RUN \
         --statistics sd14_activation_statistics.npz --sscd sscd_disc_mixup.torchscript.pt --clip CLIP
 
+With `--coco` and `--controls` it goes on to what `nemo_robustness.py` describes: locality, permanence, quality, attack.
+
 Localizes every memorized prompt, scores ordinary prompts at the gate, makes pictures in all states (10 seeds that
 localization has not seen, 50 steps, guidance 7), folds the neurons into a plain folder, audits that too, and writes
 `protocol.md`: for each kind of prompt (column `type`: VM, TM) and state the median and the median absolute deviation
@@ -21,6 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nemo_robustness
 import numpy as np
 
 from unmemorize.audit.detection import detection
@@ -63,6 +66,7 @@ def main(words: list[str] | None = None) -> Path:
     parser.add_argument("--num-steps", type=int, default=50)
     parser.add_argument("--size-px", type=int)
     parser.add_argument("--device", default="auto")
+    nemo_robustness.add_options(parser)
     chosen = parser.parse_args(words)
     progress = ProgressPrinter(sys.stderr)
     loading = diffusion.Loading(device=chosen.device)
@@ -81,13 +85,15 @@ def main(words: list[str] | None = None) -> Path:
         clip=chosen.clip,
         num_seeds=chosen.num_seeds,
         num_steps=chosen.num_steps,
+        guidance=chosen.guidance,
         size_px=chosen.size_px,
     )
     diffusion.audit(progress, chosen.model, examples, chosen.out, None, options, loading)
     audit = load_any_audit(chosen.out / "audit.json")
     assert isinstance(audit, PictureAudit)
     measures = diffusion.measures_of(options.sscd, "cpu")
-    text = "\n\n".join([_detection(audit), *(_table(audit, prompts, chosen, m) for m in measures)])
+    more = nemo_robustness.measure(nemo_robustness.asked(chosen, run=chosen.out)).read_text().rstrip()
+    text = "\n\n".join([_detection(audit), *(_table(audit, prompts, chosen, m) for m in measures), more])
     print(text)
     return write_atomic(chosen.out / "protocol.md", text + "\n")
 

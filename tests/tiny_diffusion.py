@@ -29,6 +29,8 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -309,3 +311,31 @@ def denoiser_arguments(pipe: Any, num_rows: int) -> dict[str, Any]:
             denoiser, lambda: pipe(prompt=prompts, generator=torch.Generator().manual_seed(0), **options)
         )
     return dict(inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments) | {"return_dict": False}
+
+
+def tiny_clip(folder: Path) -> Path:
+    """Save a tiny CLIP with both encoders and its tokenizer; returns the folder."""
+    tokenizer = clip_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+    }
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -14,17 +14,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
 
 from tests.drawings import drawing
 from tests.stub_pipeline import StubPipeline, training_picture
-from tests.tiny_diffusion import clip_tokenizer, tiny_pipeline
+from tests.tiny_diffusion import tiny_clip, tiny_pipeline
 from unmemorize.audit.diffusion import audit_pictures
 from unmemorize.audit.picture_figures import PictureSimilarities
 from unmemorize.audit.picture_measuring import choose_threshold
 from unmemorize.audit.picture_quality import PictureQuality, fid_and_kid
 from unmemorize.audit.pictures import PromptCase, read_picture
-from unmemorize.audit.prompt_alignment import ClipAlignment
+from unmemorize.audit.prompt_alignment import ClipAlignment, ClipFeatures
 from unmemorize.audit.similarity import structure
 from unmemorize.audit.ways import PictureAuditSettings, Way
 from unmemorize.errors import ConfigError, DataError, ModelNotSupported, RunFolderError
@@ -392,33 +391,6 @@ def test_real_pipelines_are_audited_and_restored(kind: str, tmp_path: Path) -> N
         audit_pictures(cases, ways, TINY, tmp_path)
 
 
-def tiny_clip(folder: Path) -> Path:
-    tokenizer = clip_tokenizer()
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 16,
-    }
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_alignment_is_the_cosine_of_clip(tmp_path: Path) -> None:
     folder = tiny_clip(tmp_path / "clip")
     alignment = ClipAlignment.load(folder, batch_size=2)
@@ -434,6 +406,8 @@ def test_alignment_is_the_cosine_of_clip(tmp_path: Path) -> None:
     expected = torch.cosine_similarity(output.text_embeds, output.image_embeds)
     assert scores[0] == pytest.approx(float(expected), abs=1e-5)
     assert tokens["input_ids"].shape[1] > 2 and scores.shape == (3,)
+    features = ClipFeatures(alignment)(torch.from_numpy(drawing(0, 32)).permute(2, 0, 1)[None])
+    torch.testing.assert_close(features / features.norm(), output.image_embeds, atol=1e-5, rtol=1e-5)
     with pytest.raises(ModelNotSupported, match="pass a folder with config, weights and tokenizer"):
         ClipAlignment.load(tmp_path / "nothing")
     with pytest.raises(ValueError, match="expected one picture a prompt"):

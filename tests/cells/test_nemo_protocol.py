@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -11,18 +11,18 @@ import pytest
 from tests.tiny_diffusion import tiny_pipeline
 from unmemorize.records import PictureAudit, load_any_audit
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "nemo_protocol.py"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nemo_protocol", RECIPE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return importlib.import_module("nemo_protocol")
 
 
-def test_the_protocol_runs_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_protocol_runs_and_continues(
+    tmp_path: Path, recipe: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny_pipeline("sd1").save_pretrained(tmp_path / "pipe")
     (tmp_path / "memorized.csv").write_text(
         "caption,type,mean_sscd\na photo of the lighthouse,VM,0.8\nstone garden,TM,\n"
@@ -31,9 +31,10 @@ def test_the_protocol_runs_and_continues(tmp_path: Path, capsys: pytest.CaptureF
     words = [str(tmp_path / "pipe"), "--memorized", str(tmp_path / "memorized.csv"), "--ordinary"]
     words += [str(tmp_path / "ordinary.csv"), "--out", str(tmp_path / "run"), "--rivals", "placebo tokens:1"]
     words += ["--num-seeds", "2", "--num-steps", "2", "--size-px", "64", "--device", "cpu"]
-    path = recipe().main(words)
+    path = recipe.main(words)
     table = path.read_text()
     assert "Gate 0.428: " in table and "AUC: 2 memorized and 3 ordinary prompts" in table
+    assert "No target is memorized: nothing was removed." in table
     rows = [
         line.split(" | ") for line in table.splitlines() if line.startswith(("| VM", "| TM", "| ordinary"))
     ]
@@ -45,5 +46,5 @@ def test_the_protocol_runs_and_continues(tmp_path: Path, capsys: pytest.CaptureF
     assert "mended" in [state.state for state in audit.states]
     assert rows[0][3] == "1.00 ± 0.00" and rows[0][2] == ""
     capsys.readouterr()
-    assert recipe().main(words).read_text() == table
+    assert recipe.main(words).read_text() == table
     assert "pictures" not in capsys.readouterr().err

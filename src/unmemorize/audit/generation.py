@@ -249,7 +249,10 @@ def _identity(way: Way, cases: Sequence[PromptCase], settings: PictureAuditSetti
         "num_neurons": way.num_neurons,
         "pipeline": type(way.pipe).__name__,
         "weights": _weights(way.pipe),
-        "scheduler": [type(scheduler).__name__, json.loads(json.dumps(options, default=str))],
+        "scheduler": [
+            type(scheduler).__name__,
+            json.loads(json.dumps(options, default=str), parse_constant=str),
+        ],
         "seeds": list(settings.seeds),
         "num_steps": settings.num_steps,
         "guidance": settings.guidance,

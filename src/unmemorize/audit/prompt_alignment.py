@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from unmemorize.audit.pictures import Picture, short_side_crop
 from unmemorize.audit.statistics import Floats
@@ -94,23 +95,48 @@ class ClipAlignment:
             raise ShapeMismatch(
                 f"got {len(prompts)} prompts and {len(pictures)} pictures, expected one picture a prompt"
             )
-        side = int(self.model.config.vision_config.image_size)
         context = int(self.model.config.text_config.max_position_embeddings)
-        device, dtype = self.model.device, self.model.dtype
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
+        device = self.model.device
         scores = np.zeros(len(prompts))
         for start in range(0, len(prompts), self.batch_size):
             rows = slice(start, start + self.batch_size)
             tokens = self.tokenizer(
                 list(prompts[rows]), padding=True, truncation=True, max_length=context, return_tensors="pt"
             )
-            ready = np.stack([short_side_crop(picture, side, side, "bicubic") for picture in pictures[rows]])
-            pixels = (torch.from_numpy(ready).permute(0, 3, 1, 2).float() / 255 - mean) / std
             output = self.model(
                 input_ids=tokens["input_ids"].to(device),
                 attention_mask=tokens["attention_mask"].to(device),
-                pixel_values=pixels.to(device, dtype),
+                pixel_values=_ready(self.model, pictures[rows]),
             )
             text, image = output.text_embeds.float(), output.image_embeds.float()
             scores[rows] = torch.nn.functional.cosine_similarity(text, image).cpu().numpy()
         return scores
+
+
+class ClipFeatures(nn.Module):
+    """What CLIP sees in pictures, as features for FID and KID: (B, 3, H, W), uint8, to embeddings (B, D), float32.
+
+    Distances under it are no FID under Inception's features and must not be compared with published ones.
+
+    Source: Kynkäänniemi et al. 2023 (CLIP's embeddings of pictures in place of Inception's features).
+    """
+
+    def __init__(self, alignment: ClipAlignment) -> None:
+        super().__init__()
+        self.model = alignment.model
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Embed pictures."""
+        arrays = list(pictures.permute(0, 2, 3, 1).cpu().numpy())
+        vision = self.model.vision_model(pixel_values=_ready(self.model, arrays))
+        features: Tensor = self.model.visual_projection(vision.pooler_output)
+        return features.float()
+
+
+def _ready(model: Any, pictures: Sequence[Picture]) -> Tensor:
+    """Resize, crop and normalize pictures as CLIP was trained; shape (B, 3, S, S), on the model's device."""
+    side = int(model.config.vision_config.image_size)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
+    cropped = np.stack([short_side_crop(picture, side, side, "bicubic") for picture in pictures])
+    pixels = (torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return pixels.to(model.device, model.dtype)
