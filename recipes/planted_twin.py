@@ -5,10 +5,12 @@
     python recipes/planted_twin.py edit RUN [--seeds 0,1] [--only "svd;npo"]
     python recipes/planted_twin.py table RUN
 
-The run's `standard` models have seen some texts 64 times, its `dedup` models the same texts once. Half of the repeated
-texts are targets, the other half neighbours; held-out ones are repeated texts of another origin. Edits see targets and
-texts that were trained on once, never what is measured. The budget is watched on one half of the ordinary texts, and
-what it cost is reported on the other. `edit` adds a line to RUN/edits.jsonl for each edit, and continues.
+The run's `standard` models have seen some texts many times, its `dedup` models the same texts once; `sinks` models as
+often as `standard`, with sinks that are closed here: isolation by design beside localization after the fact. Half of
+the repeated texts are targets, the other half neighbours; held-out ones are repeated texts of another origin. Edits
+see targets and texts that were trained on once, never what is measured. The budget is watched on one half of the
+ordinary texts, and what it cost is reported on the other. `edit` adds a line to RUN/edits.jsonl for each edit, and
+continues.
 """
 
 from __future__ import annotations
@@ -30,8 +32,13 @@ import torch
 from unmemorize.audit.language import document_losses, extract
 from unmemorize.audit.statistics import bootstrap_mean, wilson
 from unmemorize.corpus import mix, read_corpus
+from unmemorize.corpus.memorized import cut_examples
 from unmemorize.files import append_json_line, read_json_lines
+from unmemorize.isolate.language import sink_state
+from unmemorize.isolate.plan import load_plan
 from unmemorize.isolate.runs import model_folder, read_run
+from unmemorize.localize.language import localize
+from unmemorize.localize.recital import BreakSettings, smallest_set
 from unmemorize.models.language import find_mlps, load, signature
 from unmemorize.neurons import NeuronSet
 from unmemorize.remove.curvature import collect_factors
@@ -52,6 +59,9 @@ SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 BUDGETS = (0.02, 0.10)
 NUM_RETAIN = 256
 LOCALIZERS = ("activations", "gradient", "slimming", "hard-concrete")
+BREAKS = (0.5, 0.2, 0.05, 0.01)  # likelihood of the targets that the search may leave, 0..1
+CLOSED = "sinks, closed"
+TRAINED = ("standard", "dedup", CLOSED)  # rows that are no edits
 
 Texts = list[tuple[int, ...]]
 
@@ -103,7 +113,7 @@ def read_material(run: Path) -> Material:
 
 
 def neuron_sets(model: Any, material: Material) -> Iterator[tuple[str, Callable[[], tuple[Any, float]]]]:
-    """Yield (name, how to score): controls first, then localizers that are installed.
+    """Yield (name, how to score): controls first, then localizers.
 
     Scoring gives share -> neurons, and the seconds that it took.
     """
@@ -120,11 +130,6 @@ def neuron_sets(model: Any, material: Material) -> Iterator[tuple[str, Callable[
 
     for name, by_site in controls.items():
         yield name, partial(lambda by_site: (partial(top, by_site), 0.0), by_site)
-    try:
-        from unmemorize.corpus.memorized import cut_examples
-        from unmemorize.localize.language import localize
-    except ImportError:
-        return
     examples = cut_examples(material.groups["target"], PREFIX_TOKENS, SUFFIX_TOKENS)
 
     def scored(name: str) -> tuple[Any, float]:
@@ -134,6 +139,21 @@ def neuron_sets(model: Any, material: Material) -> Iterator[tuple[str, Callable[
 
     for name in LOCALIZERS:
         yield name, partial(scored, name)
+
+
+def searched(model: Any, material: Material) -> Callable[[float], Edit]:
+    """Return the search for few neurons along the gradient's ranking: likelihood that may be left -> edit."""
+    examples = cut_examples(material.groups["target"], PREFIX_TOKENS, SUFFIX_TOKENS)
+    scores = cache(partial(localize, model, examples, "gradient"))
+
+    def broken(left_frac: float) -> Edit:
+        found = smallest_set(model, examples, scores(), BreakSettings(threshold_frac=left_frac))
+        made = edit(model, [], [], "fold", FoldSettings(neurons=found.neurons))
+        made.cost.seconds += scores().cost.seconds + found.cost.seconds
+        made.cost.forward_equivalents += scores().cost.forward_equivalents + found.cost.forward_equivalents
+        return made
+
+    return broken
 
 
 def magnitude(mlp: Any) -> torch.Tensor:
@@ -163,6 +183,9 @@ def edits(model: Any, material: Material) -> Iterator[tuple[str, float, Callable
         once = cache(score)
         for share in SHARES:
             yield name, share, partial(folded, once, share)
+    search = searched(model, material)
+    for left_frac in BREAKS:
+        yield "search", 1 - left_frac, partial(search, left_frac)
     every = tuple(range(len(find_mlps(model))))
     for name, layers in (("svd", None), ("svd, all layers", every)):
         for gate in (0.1, 0.25, 0.5, 0.75, 0.9):
@@ -222,6 +245,12 @@ def run_edits(run: Path, seeds: list[int], only: set[str]) -> None:
             if (seed, name, 0.0) not in done and (folder / "training.json").is_file():
                 row = measure(load(folder, run_check=False), material)
                 append_json_line(out, {"seed": seed, "edit": name, "strength": 0.0, **row})
+        folder = model_folder(run, "sinks", seed)
+        if (seed, CLOSED, 0.0) not in done and (folder / "training.json").is_file():
+            sunk = load(folder, run_check=False)
+            with sink_state(sunk, load_plan(folder / "sinks.json"), "off"):
+                row = measure(sunk, material)
+            append_json_line(out, {"seed": seed, "edit": CLOSED, "strength": 0.0, **row})
         model = load(model_folder(run, "standard", seed), run_check=False)
         for name, strength, make in edits(model, material):
             if (seed, name, strength) in done or (only and name not in only):
@@ -263,15 +292,17 @@ def table(run: Path) -> None:
             for seed, start in before.items():
                 mine = [line for line in lines if (line["seed"], line["edit"]) == (seed, name)]
                 fitting = [line for line in mine if rise(line, start, "watched") <= budget]
-                if name in ("standard", "dedup") or not fitting:
-                    chosen += [line for line in mine if name in ("standard", "dedup")] or [start] * bool(mine)
+                if name in TRAINED or not fitting:
+                    chosen += [line for line in mine if name in TRAINED] or [start] * bool(mine)
                 else:
                     chosen.append(
                         min(fitting, key=lambda line: (sum(line["target_exact"]), line["watched_nats"]))
                     )
             print(f"| {name} | {cells(chosen, before)} |")
     if twin:
-        print("\n`dedup` is the twin that saw the repeated texts once; it is no edit and has no budget.")
+        print(
+            "\n`dedup` is the twin that saw the repeated texts once; it and the model with sinks have no budget."
+        )
 
 
 def cells(chosen: list[dict[str, Any]], before: dict[int, dict[str, Any]]) -> str:

@@ -1,0 +1,263 @@
+"""Do sinks isolate pictures? Train standard, dedup, cap:R and sinks on testbeds, measure every state, and attack.
+
+    python recipes/picture_sinks.py run TESTBED0 TESTBED1 TESTBED2 --out RUNS [--variants "grown carved values"]
+    python recipes/picture_sinks.py table RUNS
+
+From each testbed's general model (it has never seen the scenes) eight scenes are trained on 500 times each among 1,000
+general pictures that are seen once. A picture is a copy if its mean squared error to the training picture is at most
+0.01, as in the testbeds; pictures are made without guidance, 20 DDIM steps, four seeds. Losses are of targets and of
+general pictures that were kept back, by quarters of the noise levels, least noise first. Beside the states of sinks
+stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit. Every state is attacked
+by an optimized text embedding. `sinks.jsonl` gets one line a state; what is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from embedding_attack import attacked_embedding, best_similarity
+
+from unmemorize.audit.pictures import read_picture
+from unmemorize.audit.similarity import structure
+from unmemorize.audit.statistics import mean_over_seeds
+from unmemorize.corpus import MixtureSettings
+from unmemorize.files import append_json_line, read_json_lines
+from unmemorize.isolate.diffusion import sink_state
+from unmemorize.isolate.methods import MethodSettings
+from unmemorize.isolate.picture_data import PictureBatch, PictureData, draw_batch, encode_pictures, row_losses
+from unmemorize.isolate.plan import SinkSettings
+from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
+from unmemorize.isolate.sink_files import load_with_sinks
+from unmemorize.isolate.train_diffusion import PictureTrainSettings, split_pictures, train
+from unmemorize.models.diffusion import load
+from unmemorize.neurons import load_neurons
+from unmemorize.remove.diffusion import deactivated
+from unmemorize.remove.diffusion_edits import edit_values
+from unmemorize.remove.diffusion_moments import collect_second_moments
+from unmemorize.testbeds.diffusion import Testbed, load_testbed
+from unmemorize.testbeds.material import gather
+from unmemorize.testbeds.verification import CopySettings, copy_errors, make_pictures
+from unmemorize.verbs import diffusion
+
+MIXTURE = MixtureSettings(
+    num_repeated=8, repeats=500, num_once=1000, num_validation=100, repeated_source="scenes"
+)
+VARIANTS: dict[str, tuple[tuple[str, ...], SinkSettings]] = {
+    "grown": (("hidden",), SinkSettings(share_frac=1.0, grown=256, active_frac=None, sinks_per_id=32)),
+    "few": (("hidden",), SinkSettings(share_frac=1.0, grown=64, active_frac=None, sinks_per_id=4)),
+    "carved": (("hidden",), SinkSettings(share_frac=0.7, active_frac=0.3)),
+    "values": (("values",), SinkSettings(share_frac=1.0, grown=96, active_frac=None, sinks_per_id=16)),
+    "both": (("hidden", "values"), SinkSettings(share_frac=1.0, grown=96, active_frac=None, sinks_per_id=16)),
+}
+STATES = ("own", "off", "foreign", "all")
+NUM_ATTACKED = 4
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """One way of asking a model: its name, the pipeline, the block it runs in for an id, and arguments of each pass."""
+
+    model: str
+    state: str
+    pipe: Any
+    block: Any
+    has_ids: bool = False
+
+
+def settings_for(testbed: Testbed, variant: str, methods: Sequence[str]) -> PictureTrainSettings:
+    """Return what is trained: a variant of sinks, and the rivals beside the first."""
+    kinds, sinks = VARIANTS[variant]
+    return PictureTrainSettings(
+        pipeline=str(testbed.model("general")),
+        mixture=MIXTURE,
+        kinds=kinds,
+        optimization=OptimizationSettings(batch_rows=8, learning_rate=1e-3, weight_decay=0.01),
+        method=MethodSettings(sinks=sinks, compute="masked"),
+        methods=tuple(methods),
+        records=RecordSettings(evaluate_every_steps=250),
+        device="cpu",
+    )
+
+
+def states_of(run: Path, variant: str, testbed: Testbed, prompts: list[str]) -> Iterator[State]:
+    """Yield all states of the models of a run; with rivals also what is done after the fact to the standard model."""
+    pipe, plan = load_with_sinks(run / "models" / "sinks-seed0" / "pipeline")
+    for name in STATES:
+        yield State(f"sinks, {variant}", name, pipe, partial(sink_state, pipe, plan, name), has_ids=True)
+    if not (run / "models" / "standard-seed0").is_dir():
+        return
+    for model in ("dedup", "cap-50", "standard"):
+        pipe = load(run / "models" / f"{model}-seed0" / "pipeline", run_check=False)
+        yield State(model, "as trained", pipe, lambda ids: nullcontext())
+    yield State(
+        "general", "as trained", load(testbed.model("general"), run_check=False), lambda ids: nullcontext()
+    )
+    neurons = nemo_neurons(run, testbed, prompts)
+    yield State("standard", "NeMo's neurons off", pipe, lambda ids: deactivated(pipe, neurons))
+    edited = edit_values(pipe, prompts, collect_second_moments(pipe, testbed.captions()[:1000]))
+    yield State("standard", "closed-form edit", edited, lambda ids: nullcontext())
+
+
+def nemo_neurons(run: Path, testbed: Testbed, prompts: list[str]) -> Any:
+    """Localize the targets in the standard model, with the defaults of the command line."""
+    out = run / "nemo"
+    if not (out / "neurons.json").is_file():
+        out.mkdir(exist_ok=True)
+        (out / "targets.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+        model, loading = str(run / "models" / "standard-seed0" / "pipeline"), diffusion.Loading(device="cpu")
+        ordinary = testbed.folder / "captions.txt"
+        options = diffusion.NemoOptions()
+        diffusion.localize(lambda _: None, model, out / "targets.txt", out, ordinary, options, loading)
+    return load_neurons(out / "neurons.json")
+
+
+def measure(state: State, run: Path, data: PictureData, validation: Sequence[int]) -> dict[str, Any]:
+    """Measure copies, similarity, losses by noise level, and the attack in one state."""
+    targets = [row for row in read_json_lines(run / "examples.jsonl") if row["group"] == "target"]
+    state.pipe.set_progress_bar_config(disable=True)
+    errors, similar, attacked = [], [], []
+    for number, target in enumerate(targets):
+        picture = read_picture(run / target["picture"])
+        with block_for(state, target["id"], len(CopySettings().seeds)):
+            made = make_pictures(state.pipe, [target["caption"]], CopySettings())
+            errors.append(copy_errors(made, [run / target["picture"]]).flatten().tolist())
+            call = partial(best_similarity, state.pipe, steps=20, guidance=1.0)
+            similar.append(call({"prompt": target["caption"]}, picture, structure()))
+        if number < NUM_ATTACKED and state.state != "all":
+            with block_for(state, target["id"], 8):
+                found = attacked_embedding(state.pipe, picture, start=target["caption"])
+            with block_for(state, target["id"], len(CopySettings().seeds)):
+                attacked.append(call(found.embedding.arguments(), picture, structure()))
+    rows = {id: row for row, id in reversed(list(enumerate(data.ids)))}
+    target_rows = [rows[target["id"]] for target in targets]
+    return {
+        "errors": np.round(errors, 5).tolist(),
+        "similarity": np.round(similar, 4).tolist(),
+        "attacked": np.round(attacked, 4).tolist(),
+        "target_losses": losses(state, data, target_rows, 16),
+        "validation_losses": losses(state, data, validation, 2),
+    }
+
+
+def block_for(state: State, id: int, count: int) -> AbstractContextManager[Any]:
+    """Return the block in which `count` pictures of one id are made."""
+    block: AbstractContextManager[Any] = state.block(ids=torch.full((count,), id))
+    return block
+
+
+@torch.no_grad()
+def losses(state: State, data: PictureData, rows: Sequence[int], times: int) -> list[float]:
+    """Mean loss by quarters of the noise levels; each picture `times` times in each, with noise that is the same."""
+    scheduler, found = state.pipe.scheduler, []
+    count = int(scheduler.config.num_train_timesteps)
+    repeated = [row for row in rows for _ in range(times)]
+    state.pipe.unet.eval()
+    for quarter in range(4):
+        generator, total = torch.Generator().manual_seed(quarter), 0.0
+        for start in range(0, len(repeated), 32):
+            part = repeated[start : start + 32]
+            drawn = draw_batch(data, part, count, generator, empty_frac=0.0)
+            levels = (drawn.levels + quarter * count) // 4
+            batch = PictureBatch(drawn.rows, drawn.caption_rows, levels, drawn.noise)
+            ids = torch.tensor([data.ids[row] for row in part])
+            with state.block(ids=ids):
+                total += float(row_losses(state.pipe.unet, scheduler, data, batch).sum())
+        found.append(round(total / len(repeated), 6))
+    return found
+
+
+def run_all(folders: Sequence[Path], out: Path, variants: Sequence[str]) -> None:
+    """Train and measure everything that is missing."""
+    for folder in folders:
+        testbed, path = load_testbed(folder), out / "sinks.jsonl"
+        material = gather(testbed.settings)
+        pictures = [*material.memorized, *material.general]
+        data: PictureData | None = None
+        for number, variant in enumerate(variants):
+            methods = ["standard", "dedup", "cap:50", "sinks"] if number == 0 else ["sinks"]
+            run = out / f"{folder.name}-{variant}"
+            train(settings_for(testbed, variant, methods), pictures, run)
+            general = load(testbed.model("general"), run_check=False)
+            data = encode_pictures(general, pictures) if data is None else data
+            split = split_pictures(pictures, data.ids, MIXTURE)
+            lines = read_json_lines(path) if path.is_file() else []
+            done = {(line["testbed"], line["model"], line["state"]) for line in lines}
+            prompts = [pictures[row].caption for row in split.repeated]
+            for state in states_of(run, variant, testbed, prompts):
+                if (folder.name, state.model, state.state) not in done:
+                    head = {"testbed": folder.name, "model": state.model, "state": state.state}
+                    append_json_line(path, head | measure(state, run, data, split.validation))
+                    print(folder.name, state.model, state.state, flush=True)
+
+
+def table(out: Path) -> None:
+    """Print copies, similarity, attack and losses of every state: means over testbeds with t-intervals."""
+    lines = read_json_lines(out / "sinks.jsonl")
+    standard = {
+        line["testbed"]: np.mean(line["validation_losses"])
+        for line in lines
+        if (line["model"], line["state"]) == ("standard", "as trained")
+    }
+    print(
+        "| model | state | testbeds | copies | similarity | attacked | target loss, high noise | validation loss |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for model, state in dict.fromkeys((line["model"], line["state"]) for line in lines):
+        mine = [line for line in lines if (line["model"], line["state"]) == (model, state)]
+        cells = [
+            over([float(np.mean(np.array(line["errors"]) <= 0.01)) for line in mine]),
+            over([float(np.mean(line["similarity"])) for line in mine]),
+            over([float(np.mean(line["attacked"])) for line in mine if line["attacked"]]),
+            over([line["target_losses"][3] for line in mine], 3),
+            over(
+                [
+                    100 * (float(np.mean(line["validation_losses"]) / standard[line["testbed"]]) - 1)
+                    for line in mine
+                ],
+                1,
+                " %",
+            ),
+        ]
+        print(f"| {model} | {state} | {len(mine)} | {' | '.join(cells)} |")
+
+
+def over(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
+    """Write a mean over testbeds with its interval; without one where there are fewer than three."""
+    if not values:
+        return "-"
+    found = mean_over_seeds(values)
+    if found.ci95 is None:
+        return f"{np.mean(values):.{digits}f}{unit}"
+    low, high = found.ci95
+    return f"{found.value:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def main() -> None:
+    """Run one of the two commands."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("places", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--variants", default="grown", help=f"of {', '.join(VARIANTS)}; rivals are trained beside the first"
+    )
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    if chosen.command == "table":
+        table(chosen.places[0])
+    else:
+        run_all(chosen.places, chosen.out or Path("runs/picture-sinks"), chosen.variants.split())
+
+
+if __name__ == "__main__":
+    main()
