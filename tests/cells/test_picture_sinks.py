@@ -1,0 +1,58 @@
+"""The recipe that compares sinks with their rivals, on a tiny testbed: every state is measured once, and the table."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.planted.test_testbed_diffusion import TINY
+from unmemorize.corpus import MixtureSettings
+from unmemorize.files import read_json_lines
+from unmemorize.isolate.plan import SinkSettings
+from unmemorize.testbeds.diffusion import build_testbed
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    module = importlib.import_module("picture_sinks")
+    sinks = SinkSettings(share_frac=1.0, grown=16, active_frac=None, sinks_per_id=4)
+    monkeypatch.setattr(module, "VARIANTS", {"grown": (("hidden",), sinks)})
+    monkeypatch.setattr(
+        module, "MIXTURE", MixtureSettings(num_repeated=2, repeats=4, num_once=6, num_validation=4)
+    )
+    monkeypatch.setattr(module, "NUM_ATTACKED", 1)
+    return module
+
+
+def test_every_state_is_measured_once_and_tabled(
+    tmp_path: Path, recipe: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    testbed = build_testbed(replace(TINY, size_px=16, stages=("general",)), tmp_path / "bed")
+    recipe.run_all([testbed.folder], tmp_path / "runs", ["grown"])
+    lines = read_json_lines(tmp_path / "runs" / "sinks.jsonl")
+    states = [(line["model"], line["state"]) for line in lines]
+    assert states[:4] == [("sinks, grown", state) for state in ("own", "off", "foreign", "all")]
+    assert ("dedup", "as trained") in states and ("standard", "closed-form edit") in states
+    assert all(len(line["errors"]) == 2 and len(line["target_losses"]) == 4 for line in lines)
+    assert next(line["state"] for line in lines if line["attacked"]) == "off"
+    own, off = (line["target_losses"] for line in lines[:2])
+    assert own != off  # eight steps have moved the sinks of the targets
+    capsys.readouterr()
+    recipe.run_all([testbed.folder], tmp_path / "runs", ["grown"])
+    assert len(read_json_lines(tmp_path / "runs" / "sinks.jsonl")) == len(lines)
+    recipe.table(tmp_path / "runs")
+    table = capsys.readouterr().out
+    assert "| standard | as trained | 1 |" in table and "0.0 %" in table
+
+
+def test_a_mean_has_an_interval_from_three_testbeds_on(recipe: ModuleType) -> None:
+    assert recipe.over([0.1, 0.2]) == "0.15"
+    assert recipe.over([1.0, 2.0, 3.0], 1) == "2.0 [-0.5, 4.5]"
+    assert recipe.over([]) == "-"
