@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from unmemorize.isolate.plan import SinkSettings
 from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
 from unmemorize.isolate.sink_files import load_with_sinks
 from unmemorize.isolate.train_diffusion import PictureTrainSettings, split_pictures, train
-from unmemorize.models.diffusion import load
+from unmemorize.models.diffusion import Kind, load
 from unmemorize.neurons import load_neurons
 from unmemorize.remove.diffusion import deactivated
 from unmemorize.remove.diffusion_edits import edit_values
@@ -49,12 +49,26 @@ from unmemorize.testbeds.verification import CopySettings, copy_errors, make_pic
 from unmemorize.verbs import diffusion
 
 MIXTURE = MixtureSettings(num_repeated=8, repeats=500, num_once=1000, num_validation=100)
-VARIANTS: dict[str, tuple[tuple[str, ...], SinkSettings]] = {
-    "grown": (("hidden",), SinkSettings(share_frac=1.0, grown=256, active_frac=None, sinks_per_id=32)),
-    "few": (("hidden",), SinkSettings(share_frac=1.0, grown=64, active_frac=None, sinks_per_id=4)),
-    "carved": (("hidden",), SinkSettings(share_frac=0.7, active_frac=0.3)),
-    "values": (("values",), SinkSettings(share_frac=1.0, grown=96, active_frac=None, sinks_per_id=16)),
-    "both": (("hidden", "values"), SinkSettings(share_frac=1.0, grown=96, active_frac=None, sinks_per_id=16)),
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where sinks are, how many, and whose a picture opens that was trained on without its caption."""
+
+    kinds: tuple[Kind, ...]
+    sinks: SinkSettings
+    empty: Literal["own", "off"] = "own"
+
+
+_GROWN = SinkSettings(share_frac=1.0, grown=256, active_frac=None, sinks_per_id=32)
+_HEADS = SinkSettings(share_frac=1.0, grown=96, active_frac=None, sinks_per_id=16)
+VARIANTS = {
+    "grown": Variant(("hidden",), _GROWN),
+    "few": Variant(("hidden",), SinkSettings(share_frac=1.0, grown=64, active_frac=None, sinks_per_id=4)),
+    "carved": Variant(("hidden",), SinkSettings(share_frac=0.7, active_frac=0.3)),
+    "values": Variant(("values",), _HEADS),
+    "both": Variant(("hidden", "values"), _HEADS),
+    "empty-off": Variant(("hidden",), _GROWN, "off"),
 }
 STATES = ("own", "off", "foreign", "all")
 NUM_ATTACKED = 3
@@ -75,13 +89,14 @@ def settings_for(
     testbed: Testbed, mixture: MixtureSettings, variant: str, methods: Sequence[str]
 ) -> PictureTrainSettings:
     """Return what is trained: a variant of sinks, and the rivals beside the first."""
-    kinds, sinks = VARIANTS[variant]
+    chosen = VARIANTS[variant]
     return PictureTrainSettings(
         pipeline=str(testbed.model("general")),
         mixture=mixture,
-        kinds=kinds,
+        kinds=chosen.kinds,
+        empty_caption_sinks=chosen.empty,
         optimization=OptimizationSettings(batch_rows=8, learning_rate=1e-3, weight_decay=0.01),
-        method=MethodSettings(sinks=sinks, compute="masked"),
+        method=MethodSettings(sinks=chosen.sinks, compute="masked"),
         methods=tuple(methods),
         records=RecordSettings(evaluate_every_steps=250),
         device="cpu",

@@ -23,7 +23,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(RECIPES))
     module = importlib.import_module("picture_sinks")
     sinks = SinkSettings(share_frac=1.0, grown=16, active_frac=None, sinks_per_id=4)
-    monkeypatch.setattr(module, "VARIANTS", {"grown": (("hidden",), sinks)})
+    monkeypatch.setattr(module, "VARIANTS", {"grown": module.Variant(("hidden",), sinks)})
     monkeypatch.setattr(
         module, "MIXTURE", MixtureSettings(num_repeated=2, repeats=4, num_once=6, num_validation=4)
     )

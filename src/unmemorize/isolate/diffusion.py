@@ -203,7 +203,8 @@ def sink_state(
         plan: the plan.
         state: off, own, foreign or all.
         ids: for own and foreign: one id a picture, shape (B,), int64, for calls that carry no `sink_ids` of their own
-            (so that a pipeline works). A pipeline makes `num_images_per_prompt` pictures of each prompt in a row.
+            (so that a pipeline works). A pipeline makes `num_images_per_prompt` pictures of each prompt in a row. A
+            single id is that of every picture, however many a call makes.
         exclude: ids whose sinks are closed on top of the state, also where another id shares them.
         candidates: for foreign: ids to choose from, shape (M,); by default as `SinkPlan.foreign_ids`.
         rescale: multiply shared neurons to make up for closed sinks, as for language models; "none" by default.
@@ -249,12 +250,14 @@ class _ByPicture(Gates):
     def gate(self, site: int, like: Tensor) -> Tensor:
         assert self.index is not None
         num_rows, num_ids = like.shape[0], len(self.index)
+        if num_ids == 1 and self.unconditional is self.index:
+            num_ids = num_rows  # one picture's sinks, in every row
         is_doubled = num_rows == 2 * num_ids and self.unconditional is not None
         if num_rows != num_ids and not is_doubled:
             raise ShapeMismatch(f"{num_ids} sink ids do not fit {num_rows} rows; pass one id a picture")
         key = (self._first[site], like.dtype, like.device)
         if key not in self._expanded:
-            index = self.index
+            index = self.index.expand(num_rows) if len(self.index) == 1 and not is_doubled else self.index
             if is_doubled:
                 assert self.unconditional is not None
                 index = torch.cat([self.unconditional, index])

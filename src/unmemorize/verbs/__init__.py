@@ -87,7 +87,9 @@ def train(
         str | None, typer.Option(help="Methods, separated by spaces: standard dedup cap:8 sinks goldfish ...")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas.")] = None,
-    ids: Annotated[IdKind | None, typer.Option(help="What makes two documents the same.")] = None,
+    ids: Annotated[
+        IdKind | None, typer.Option(help="What makes two documents, or pictures, the same.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="tiny, a config.json, or a model folder or hub name to start from.")
     ] = None,
@@ -95,11 +97,38 @@ def train(
         Path | None, typer.Option("--config", help="JSON file with any settings; options here override it.")
     ] = None,
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(help="Pictures: pipeline folder or hub name to start from.")
+    ] = None,
+    pictures: Annotated[
+        str | None,
+        typer.Option(help="Pictures: folder or .npz of captioned pictures; trains text-to-image models."),
+    ] = None,
+    size_px: Annotated[
+        int | None, typer.Option(help="Pictures: side in pixels; by default the pipeline's own.")
+    ] = None,
 ) -> Answer:
-    """Train language models with several methods and seeds on one corpus."""
+    """Train models with several methods and seeds on one corpus, or on one collection of captioned pictures."""
     from unmemorize.isolate.settings import settings_from_json
     from unmemorize.isolate.train import train as run_training
+    from unmemorize.verbs import pictures as picture_runs
 
+    if pipeline is not None or pictures is not None:
+        if corpus is not None or model is not None or text_column is not None:
+            raise ConfigError("--corpus, --model and --text-column are for texts; give them or --pictures")
+        return picture_runs.train(
+            progress,
+            out,
+            settings,
+            picture_runs.TrainOptions(
+                pipeline=pipeline,
+                pictures=pictures,
+                size_px=size_px,
+                ids=ids,
+                methods=methods.split() if methods else None,
+                seeds=integers(seeds),
+            ),
+        )
     options = {
         "corpus.path": corpus,
         "corpus.ids": ids,
@@ -230,10 +259,12 @@ def audit(
 ) -> Answer:
     """Measure what models reproduce of what they were trained on, in every state, with intervals."""
     from unmemorize.verbs import diffusion, language
+    from unmemorize.verbs import pictures as picture_runs
 
-    if family_of(target) != "diffusion":
+    is_run = picture_runs.is_picture_run(Path(target))
+    if family_of(target) != "diffusion" and not is_run:
         return language.audit(progress, Path(target), examples, out, max_extraction, length)
-    if examples is None or out is None:
+    if not is_run and (examples is None or out is None):
         raise ConfigError("to audit a pipeline give --examples FILE (prompts) and --out RUN")
     options = diffusion.PictureOptions(
         neurons=neurons,
@@ -249,6 +280,9 @@ def audit(
         column=column,
     )
     loading = diffusion.Loading(device=device, precision=dtype)
+    if is_run:
+        return picture_runs.audit(progress, Path(target), max_extraction, options, loading)
+    assert examples is not None and out is not None
     return diffusion.audit(progress, target, examples, out, max_extraction, options, loading)
 
 
@@ -284,8 +318,11 @@ def remove(
 ) -> Answer:
     """Remove neurons for good and write a plain model that loads without this library."""
     from unmemorize.verbs import diffusion, language
+    from unmemorize.verbs import pictures as picture_runs
 
     if family_of(model) == "diffusion":
+        if neurons is None and way != "edit" and (Path(model) / "sinks.json").is_file():
+            return picture_runs.remove_sinks(Path(model), out, keep, way or "excise")
         if way == "excise" or neurons is None or keep is not None:
             raise ConfigError(
                 "for a pipeline give --neurons FILE and --way fold or edit; --keep is for sinks"

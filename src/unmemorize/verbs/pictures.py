@@ -1,0 +1,252 @@
+"""Verbs for runs that train text-to-image models: train, measure every method in every state, take the pool out.
+
+An audit of a run is one audit of pictures for each seed, in `audits/seed<k>`: the first method stands for "before", the
+others and the states of their sinks stand beside it, the placebo of own sinks being another picture's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unmemorize.errors import ConfigError, RunFolderError
+from unmemorize.verbs.answers import Answer, bar_line, file_with_options, integers, upper_end
+from unmemorize.verbs.diffusion import Loading, PictureOptions, measures_of, opened, quietly
+
+if TYPE_CHECKING:
+    from unmemorize.audit.pictures import PromptCase
+    from unmemorize.audit.ways import Way
+    from unmemorize.isolate.states import State
+    from unmemorize.records import PictureAudit, ProgressCallback
+
+_STATES: dict[State, str] = {
+    "off": "all sinks closed: the model that is shipped",
+    "own": "each picture's own sinks open",
+    "foreign": "another picture's sinks open, the placebo of own",
+    "all": "every sink open at its share",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureSource:
+    """Where captioned pictures come from; see `corpus.pictures.read_pictures`."""
+
+    path: str = ""
+    size_px: int | None = None
+    caption_column: str = "caption"
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """Options of `train` that only text-to-image models have."""
+
+    pipeline: str | None = None
+    pictures: str | None = None
+    size_px: int | None = None
+    ids: str | None = None
+    methods: list[str] | None = field(default=None)
+    seeds: list[int] | None = field(default=None)
+
+
+@quietly
+def train(progress: ProgressCallback, out: Path, settings: Path | None, options: TrainOptions) -> Answer:
+    """Train a pipeline with several methods and seeds on captioned pictures."""
+    from unmemorize.corpus.pictures import read_pictures
+    from unmemorize.isolate.settings import settings_of
+    from unmemorize.isolate.train_diffusion import PictureTrainSettings
+    from unmemorize.isolate.train_diffusion import train as run_training
+
+    named = {
+        "pipeline": options.pipeline,
+        "ids": options.ids,
+        "methods": options.methods,
+        "seeds": options.seeds,
+        "pictures.path": options.pictures,
+        "pictures.size_px": options.size_px,
+    }
+    value = file_with_options(settings, named)
+    source = settings_of(PictureSource, value.pop("pictures", {}))
+    if not value.get("pipeline") or not source.path:
+        missing = "--pipeline FOLDER" if not value.get("pipeline") else "--pictures FOLDER"
+        raise ConfigError(f"training on pictures needs a pipeline and captioned pictures; give {missing}")
+    chosen = settings_of(PictureTrainSettings, value)
+    size_px = source.size_px or _own_size(chosen.pipeline)
+    pictures = read_pictures(
+        source.path, size_px=size_px, caption_column=source.caption_column, limit=source.limit
+    )
+    trained = run_training(chosen, pictures, out, progress)
+    models = [str(one.folder) for one in trained]
+    return Answer(data={"run": str(out), "models": models}, lines=[*models, f"next: unmemorize audit {out}"])
+
+
+def _own_size(pipeline: str) -> int:
+    """Return the side of a pipeline's own pictures, in pixels."""
+    from unmemorize.models.denoising import denoiser_of
+    from unmemorize.models.diffusion import load
+
+    pipe: Any = load(pipeline, run_check=False)
+    denoiser: Any = denoiser_of(pipe)
+    return int(denoiser.config.sample_size) * int(getattr(pipe, "vae_scale_factor", 1))
+
+
+def is_picture_run(folder: Path) -> bool:
+    """Tell whether a folder is a run that trained text-to-image models."""
+    import json
+
+    try:
+        value = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and (value.get("kind"), value.get("family")) == ("training", "diffusion")
+
+
+@quietly
+def audit(
+    progress: ProgressCallback,
+    run: Path,
+    max_extraction: float | None,
+    options: PictureOptions,
+    loading: Loading,
+) -> Answer:
+    """Make pictures with every model of a run in every state and measure what they copy, seed by seed."""
+    from unmemorize.audit.diffusion import audit_pictures
+    from unmemorize.audit.statistics import mean_over_seeds
+    from unmemorize.audit.ways import PictureAuditSettings
+    from unmemorize.files import read_json
+
+    config = read_json(run / "config.json", format="unmemorize.run", version=1)["settings"]
+    cases, owners = _cases(run)
+    settings = PictureAuditSettings(
+        seeds=tuple(range(1000, 1000 + options.num_seeds)),
+        num_steps=options.num_steps,
+        guidance=options.guidance,
+        size_px=options.size_px,
+    )
+    audits: list[PictureAudit] = []
+    for seed in config["seeds"]:
+        ways = list(_ways(run, config["methods"], seed, owners, loading))
+        audits.append(
+            audit_pictures(
+                cases,
+                ways,
+                settings,
+                run / "audits" / f"seed{seed}",
+                measures=measures_of(options.sscd, "cpu"),
+                title=f"Audit of {run.name}, seed {seed}",
+                headline=next((way.state for way in ways[1:] if not way.is_rival), ways[-1].state),
+                progress=progress,
+            )
+        )
+    lines, worst = [audit.verdict for audit in audits], 0.0
+    figures: dict[str, Any] = {}
+    for number, state in enumerate(audits[0].states):
+        rates = [_copies(audit, number) for audit in audits]
+        values = [rate.value for rate in rates if rate is not None and rate.value is not None]
+        over = mean_over_seeds(values)
+        shown = "" if over.ci95 is None else f" [{over.ci95[0]:.2f}, {over.ci95[1]:.2f}]"
+        mean = f"{sum(values) / len(values):.2f}{shown}" if values else "refused"
+        lines.append(f"{state.label}: copies {mean}; {state.description}")
+        figures[state.state] = values
+        if state.state.endswith("-off"):
+            worst = max(upper_end(rate) for rate in rates)
+    bar, code = bar_line("copies of targets with sinks closed", worst, max_extraction)
+    folders = [str(run / "audits" / f"seed{seed}") for seed in config["seeds"]]
+    lines += [*bar, f"next: unmemorize report {' '.join(folders)}"]
+    return Answer(data={"audits": folders, "copies": figures}, lines=lines, exit_code=code)
+
+
+def _copies(audit: PictureAudit, number: int) -> Any:
+    groups = audit.states[number].groups
+    return next((g.similarities[0].copy_rate_frac for g in groups if g.group == "target"), None)
+
+
+def _cases(run: Path) -> tuple[list[PromptCase], dict[str, int]]:
+    """Read the pictures of a run that are measured, and whose sinks a prompt opens."""
+    from unmemorize.audit.pictures import PromptCase
+    from unmemorize.files import read_json_lines
+
+    rows = read_json_lines(run / "examples.jsonl")
+    if not all("caption" in row and "picture" in row for row in rows):
+        raise RunFolderError(f"{run} kept no pictures (records.keep_text is false); train it again with them")
+    cases = [
+        PromptCase(prompt=row["caption"], group=row["group"], pictures=(run / row["picture"],))
+        for row in rows
+    ]
+    return cases, {row["caption"]: int(row["id"]) for row in rows}
+
+
+def _ways(
+    run: Path, methods: list[str], seed: int, owners: dict[str, int], loading: Loading
+) -> Iterator[Way]:
+    """Yield the states of all models of one seed, the first method's as "before"."""
+    from unmemorize.audit.ways import Way
+    from unmemorize.files import read_json_lines
+    from unmemorize.isolate.diffusion import sink_state
+    from unmemorize.isolate.run_folder import model_folder
+    from unmemorize.isolate.sink_files import load_with_sinks
+
+    is_first = True
+    for method in sorted(methods, key=lambda name: name.startswith("sinks")):
+        folder = model_folder(run, method, seed)
+        if not (folder / "training.json").is_file():
+            raise RunFolderError(f"{folder} is not trained yet; run unmemorize train again to finish it")
+        loss = read_json_lines(folder / "metrics.jsonl")[-1]["validation_loss"]
+        known = "" if loss is None else f"validation loss {loss:.4f}"
+        name = method.replace(":", "-")
+        if not (folder / "pipeline" / "sinks.json").is_file():
+            pipe = opened(folder / "pipeline", loading)
+            state = "before" if is_first else name
+            yield Way(state=state, label=method, pipe=pipe, description=known, is_rival=not is_first)
+            is_first = False
+            continue
+        pipe, plan = load_with_sinks(folder / "pipeline")
+        pipe.to(opened(folder / "pipeline", loading).device)
+        for state, text in _STATES.items():
+            block = partial(sink_state, pipe, plan, state)
+            has_owner = state in ("own", "foreign")
+            yield Way(
+                state="before" if is_first else f"{name}-{state}",
+                label=f"{method}, {state}",
+                pipe=pipe,
+                description=f"{text}; {known}" if state == "off" and known else text,
+                is_rival=state != "off",
+                num_neurons=len(plan.pool()) if state == "off" else 0,
+                identity=f"{method} {state}",
+                **({"prompt_context": partial(_owned, block, owners)} if has_owner else {"context": block}),
+            )
+            is_first = False
+
+
+def _owned(block: Any, owners: dict[str, int], prompt: str) -> Any:
+    import torch
+
+    return block(ids=torch.tensor([owners[prompt]]))
+
+
+@quietly
+def remove_sinks(model: Path, out: Path, keep: str | None, way: str) -> Answer:
+    """Take the pool out of a pipeline that was trained with sinks, and prove that the folder is a plain one."""
+    from unmemorize.isolate.sink_files import load_with_sinks
+    from unmemorize.models.diffusion import fingerprint
+    from unmemorize.remove.diffusion import excise, export, prove_plain
+
+    if way != "excise":
+        raise ConfigError("the pool of a pipeline is cut out, not folded; use --way excise, or leave it out")
+    pipe, plan = load_with_sinks(model)
+    kept = integers(keep)
+    chosen = plan.pool() - plan.neurons_for(kept) if kept else plan.pool()
+    smaller = excise(pipe, chosen)
+    manifest = {
+        "way": way,
+        "model": fingerprint(pipe),
+        "num_neurons": len(chosen),
+        "neurons": {site.path: list(indices) for site, indices in chosen.indices.items()},
+    }
+    export(smaller, out, manifest=manifest)
+    prove_plain(out, "a picture", num_inference_steps=1)
+    lines = [f"removed {len(chosen)} neurons", "loads without unmemorize", str(out)]
+    return Answer(data={"folder": str(out), "num_neurons": len(chosen)}, lines=lines)

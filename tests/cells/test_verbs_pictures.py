@@ -1,0 +1,111 @@
+"""Isolation in text-to-image models from the command line: train, audit in every state, take the pool out, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+
+from tests.tiny_diffusion import tiny_pipeline
+from unmemorize.audit.pictures import write_picture
+from unmemorize.cli import main
+from unmemorize.records import PictureAudit, load_any_audit
+
+STATES = ["before", "dedup", "sinks-off", "sinks-own", "sinks-foreign", "sinks-all"]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    tiny_pipeline("sd1").save_pretrained(folder / "pipe")
+    generator = np.random.default_rng(0)
+    lines = ["file_name,caption"]
+    for number, word in enumerate(("cat", "house", "river", "stone", "boat", "moon", "tree", "garden")):
+        pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        write_picture(folder / "pictures" / f"{number}.png", pixels)
+        lines.append(f"{number}.png,a {word}")
+    (folder / "pictures" / "metadata.csv").write_text("\n".join(lines) + "\n")
+    config = {
+        "mixture": {"num_repeated": 2, "repeats": 3, "num_once": 3, "num_validation": 2},
+        "method": {
+            "sinks": {"share_frac": 1.0, "grown": 16, "active_frac": None, "sinks_per_id": 4},
+            "compute": "masked",
+        },
+        "optimization": {"batch_rows": 4, "learning_rate": 0.01},
+        "device": "cpu",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def words(material: Path, out: Path) -> list[str]:
+    start = ["train", "--out", str(out), "--pipeline", str(material / "pipe"), "--pictures"]
+    start += [str(material / "pictures"), "--config", str(material / "config.json"), "--size-px", "64"]
+    return [*start, "--methods", "standard dedup sinks", "--seeds", "0"]
+
+
+def test_train_audit_remove_report(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(words(material, run)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: unmemorize audit {run}"
+    audit = ["audit", str(run), "--num-seeds", "2", "--num-steps", "2", "--guidance", "3", "--device", "cpu"]
+    assert main(audit) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"next: unmemorize report {run / 'audits' / 'seed0'}"
+    found = load_any_audit(run / "audits" / "seed0" / "audit.json")
+    assert isinstance(found, PictureAudit)
+    assert [state.state for state in found.states] == STATES
+    closed = found.states[2]
+    assert "validation loss" in closed.description and closed.num_neurons > 0 and not closed.is_rival
+    made = {
+        state: [(run / "audits" / "seed0" / path).read_bytes() for path in found.prompts[0].made[state]]
+        for state in STATES
+    }
+    assert made["sinks-own"] != made["sinks-off"] != made["sinks-foreign"]
+    model = run / "models" / "sinks-seed0" / "pipeline"
+    assert main(["remove", str(model), "--out", str(tmp_path / "plain")]) == 0
+    assert "loads without unmemorize" in capsys.readouterr().out
+    assert DiffusionPipeline.from_pretrained(str(tmp_path / "plain")) is not None
+    assert main(["report", str(run / "audits" / "seed0")]) == 0
+    page = (run / "audits" / "seed0" / "report.html").read_text()
+    assert "sinks, own" in page and "all sinks closed" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--corpus", "texts.jsonl"], "--corpus, --model and --text-column are for texts"),
+        (
+            ["--pictures", "nowhere"],
+            "nowhere does not exist; expected a .npz archive or a folder of pictures",
+        ),
+        (["--ids", "index"], "setting ids cannot be used"),
+        (["--methods", "goldfish"], "method goldfish is for language models"),
+    ],
+)
+def test_mistakes_are_explained_and_write_nothing(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str
+) -> None:
+    assert main([*words(material, tmp_path / "run"), *change]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_need_a_pipeline_and_an_audit_finished_models(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--out", str(tmp_path / "run"), "--pictures", str(material / "pictures")]) == 2
+    assert "give --pipeline FOLDER" in capsys.readouterr().err
+    run = tmp_path / "half"
+    run.mkdir()
+    head = {"format": "unmemorize.run", "format_version": 1, "kind": "training", "family": "diffusion"}
+    settings = {"methods": ["standard"], "seeds": [0]}
+    (run / "config.json").write_text(json.dumps(head | {"settings": settings}))
+    (run / "examples.jsonl").write_text("")
+    assert main(["audit", str(run)]) == 2
+    assert "is not trained yet; run unmemorize train again" in capsys.readouterr().err
