@@ -115,15 +115,18 @@ def train(
 
 def localize(
     progress: ProgressCallback,
-    model: Annotated[str, typer.Argument(help="Pipeline folder or hub name.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Model or pipeline, folder or hub name.", metavar="MODEL")],
     examples: Annotated[
-        Path, typer.Option(help="What may be memorized: a table or a list of prompts (.csv, .jsonl, .txt).")
+        Path,
+        typer.Option(
+            help="What may be memorized: a table or a list of prompts or texts (.csv, .jsonl, .txt), with groups."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Run folder; run the same command again to continue.")],
     ordinary: Annotated[
         Path | None,
         typer.Option(
-            help="Ordinary prompts, never memorized: activation statistics and threshold come from them."
+            help="Ordinary prompts or texts, never memorized: activation statistics and threshold come from them."
         ),
     ] = None,
     statistics: Annotated[
@@ -131,8 +134,12 @@ def localize(
         typer.Option(help="Activation statistics made before (.safetensors), or the released ones (.npz)."),
     ] = None,
     method: Annotated[
-        Literal["fast", "compat", "paper"], typer.Option(help="NeMo: fast, as released, or as written.")
-    ] = "fast",
+        str | None,
+        typer.Option(
+            help="Pipeline: NeMo fast (default), compat (as released) or paper (as written). Language model: gradient "
+            "(default) or other localizers, separated by commas; neurons.json is that of the first."
+        ),
+    ] = None,
     ranking: Annotated[
         Literal["unusual", "gradient"],
         typer.Option(help="Order in which fast tries neurons: by z-score, or by a gradient."),
@@ -150,7 +157,7 @@ def localize(
     num_samples: Annotated[
         int | None, typer.Option(help="Samples per prompt; by default 4 for fast, else 10.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the samples, or of a localizer that draws.")] = 1,
     blocks: Annotated[
         str | None, typer.Option(help="Blocks to search, separated by commas: down,mid,up ...")
     ] = None,
@@ -158,16 +165,33 @@ def localize(
         Positions, typer.Option(help="Token positions whose activations are averaged; tail: end and padding.")
     ] = "all",
     column: Annotated[str | None, typer.Option(help="Column of the table that holds the prompt.")] = None,
+    share: Annotated[
+        float, typer.Option(help="Language model: share of each layer's neurons to choose, 0 to 1.")
+    ] = 0.01,
+    prefix: Annotated[int, typer.Option(help="Language model: tokens of a text that are given.")] = 32,
+    suffix: Annotated[int, typer.Option(help="Language model: tokens that it is to repeat.")] = 32,
+    force: Annotated[
+        bool, typer.Option("--force", help="Language model: go on if no target is memorized.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps; auto takes the first accelerator.")] = "auto",
     dtype: Annotated[
         Precision | None, typer.Option(help="Dtype of the weights; by default the checkpoint's.")
     ] = None,
 ) -> Answer:
-    """Find out which prompts reproduce training pictures, and which neurons hold them."""
-    from unmemorize.verbs import diffusion
+    """Find out what a model has memorized, prompts or texts, and which neurons hold it."""
+    from unmemorize.verbs import diffusion, language_localize, texts
 
+    if family_of(model) == "language":
+        wanted = language_localize.NeuronOptions(
+            methods=method or "gradient",
+            share=share,
+            seed=seed,
+            cut=texts.Cut(prefix=prefix, suffix=suffix, length=max(256, prefix + suffix)),
+            is_forced=force,
+        )
+        return language_localize.localize(progress, model, examples, out, ordinary, wanted, device, dtype)
     options = diffusion.NemoOptions(
-        mode=method,
+        mode=diffusion.mode_of(method),
         ranking=ranking,
         is_clustered=clusters,
         statistics=statistics,
