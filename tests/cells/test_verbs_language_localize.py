@@ -10,7 +10,10 @@ import pytest
 from tests.cells.planted_texts import sentences, write_planted, write_rows
 from tests.cells.test_verbs import ask, refusal
 from unmemorize.localize.neuron_scores import load_scores
+from unmemorize.models.language import fingerprint, load
 from unmemorize.neurons import load_neurons
+from unmemorize.records import NeuronAudit, load_any_audit
+from unmemorize.remove.language_edits import undone
 
 CUT = ("--prefix", "8", "--suffix", "8")
 
@@ -115,3 +118,68 @@ def test_a_tokenizer_without_an_end_is_named(
     named = ["--examples", str(folder / "examples.jsonl"), "--out", str(tmp_path / "run")]
     message = refusal(capsys, "localize", str(tmp_path / "model"), *named)
     assert "has no end-of-text token; set eos_token and save it again" in message
+
+
+def audit_words(folder: Path, out: str, *more: str) -> list[str]:
+    named = ["--examples", str(folder / "examples.jsonl"), "--out", str(folder / out)]
+    return ["audit", str(folder / "model"), *named, "--ordinary", str(folder / "ordinary.txt"), *more]
+
+
+def test_audit_compares_states(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask(capsys, *words(folder, "audited", "--method", "gradient activations"))
+    answer = ask(capsys, *audit_words(folder, "audited", "--max-extraction", "0.001"), code=1)
+    states = {one["state"]: one for one in answer["states"]}
+    assert list(states) == ["before", "after", "placebo"]
+    targets = {name: one["groups"][0] for name, one in states.items()}
+    rates = {name: one["extraction"][0]["matched_prefix_tokens"] for name, one in targets.items()}
+    assert rates["before"]["value"] == 8.0 if rates["before"]["value"] else rates["before"]["refused"]
+    assert states["after"]["num_neurons"] == states["placebo"]["num_neurons"] == 10
+    assert {point["method"] for point in answer["curve"]} == {
+        "gradient",
+        "activations",
+        "random",
+        "magnitude",
+    }
+    assert all(point["ordinary_perplexity"]["value"] > 1 for point in answer["curve"])
+    assert answer["continuations"][0]["generated"].keys() == states.keys()
+    assert isinstance(load_any_audit(folder / "audited" / "audit.json"), NeuronAudit)
+    message = refusal(capsys, *audit_words(folder, "audited"))
+    assert "already holds an audit; choose another folder" in message
+
+
+def test_neurons_of_another_model_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = folder / "other.json"
+    value = json.loads((folder / "run" / "neurons.json").read_text())
+    other.write_text(json.dumps({**value, "model_id": "llama-0000"}))
+    message = refusal(capsys, *audit_words(folder, "none", "--neurons", str(other), *CUT))
+    assert "use the model it was made for" in message
+    message = refusal(capsys, *audit_words(folder, "none", "--twin", str(folder / "model")))
+    assert "give --neurons FILE, or localize first" in message
+    assert not (folder / "none").exists()
+
+
+def test_edits_stay_within_a_budget(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def start(way: str, *more: str) -> list[str]:
+        named = ["--ordinary", str(folder / "ordinary.txt"), "--way", way, "--out", str(tmp_path / "plain")]
+        return ["remove", str(folder / "model"), *named, *more]
+
+    examples = ("--examples", str(folder / "examples.jsonl"))
+    message = refusal(capsys, *start("subnet"))
+    assert message == "unmemorize: subnet needs --examples FILE: the texts that are to go"
+    message = refusal(capsys, *start("svd", "--budget", "2"))
+    assert "budget is 2.0, expected a rise of perplexity from 0 to 1" in message
+    message = refusal(capsys, *start("npo", *examples, "--budget", "0", "--neurons", "x.json"))
+    assert "edits weights without neurons; leave out --neurons" in message
+    with pytest.MonkeyPatch.context() as patch:
+        found = iter([20.0, 26.0])
+        patch.setattr("unmemorize.verbs.language_remove._perplexity", lambda model, texts: next(found))
+        message = refusal(capsys, *start("curvature", *examples))
+    assert (
+        "perplexity of ordinary texts rises by 30.0% (20.00 to 26.00), budget 10.0%; raise --budget"
+        in message
+    )
+    assert list(tmp_path.iterdir()) == []
+    answer = ask(capsys, *start("curvature", *examples, "--budget", "1", "--keep-undo"))
+    assert answer["logit_difference"] < 1e-4 and answer["perplexity_rise_frac"] <= 1
+    assert fingerprint(undone(tmp_path / "plain")) == fingerprint(load(folder / "model"))
+    assert json.loads((tmp_path / "plain" / "unmemorize.json").read_text())["method"] == "curvature"

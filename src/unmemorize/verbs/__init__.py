@@ -223,17 +223,25 @@ def audit(
     ] = None,
     length: Annotated[int, typer.Option(help="For a language model: tokens to which texts are cut.")] = 256,
     neurons: Annotated[
-        Path | None, typer.Option(help="Pipeline: neurons to switch off; by default those of the run folder.")
+        Path | None, typer.Option(help="Neurons to switch off; by default those of the run folder.")
     ] = None,
+    ordinary: Annotated[
+        Path | None, typer.Option(help="Language model: ordinary texts, for perplexity with neurons off.")
+    ] = None,
+    prefix: Annotated[
+        int | None,
+        typer.Option(help="With neurons: tokens given; by default those of the run folder, or 32."),
+    ] = None,
+    suffix: Annotated[int | None, typer.Option(help="With neurons: tokens to repeat; likewise.")] = None,
     rivals: Annotated[
         str,
         typer.Option(help="Pipeline: what to compare with: placebo first-layer padding tokens:4 adjusted."),
     ] = "placebo",
     mended: Annotated[
-        Path | None, typer.Option(help="Pipeline: folder after removal, to measure too.")
+        Path | None, typer.Option(help="With neurons: folder after removal, to measure too.")
     ] = None,
     twin: Annotated[
-        Path | None, typer.Option(help="Pipeline: folder of one that never saw the targets.")
+        Path | None, typer.Option(help="With neurons: folder of one that never saw the targets.")
     ] = None,
     sscd: Annotated[
         list[Path] | None,
@@ -249,13 +257,28 @@ def audit(
         int | None, typer.Option(help="Pipeline: side of the pictures in pixels; by default its own.")
     ] = None,
     column: Annotated[str | None, typer.Option(help="Pipeline: column that holds the prompt.")] = None,
-    device: Annotated[str, typer.Option(help="Pipeline: cpu, cuda, mps, or auto.")] = "auto",
-    dtype: Annotated[Precision | None, typer.Option(help="Pipeline: dtype of the weights.")] = None,
+    device: Annotated[str, typer.Option(help="With neurons: cpu, cuda, mps, or auto.")] = "auto",
+    dtype: Annotated[Precision | None, typer.Option(help="With neurons: dtype of the weights.")] = None,
 ) -> Answer:
     """Measure what models reproduce of what they were trained on, in every state, with intervals."""
-    from unmemorize.verbs import diffusion, language
+    from unmemorize.verbs import diffusion, language, language_audit
 
     if family_of(target) != "diffusion":
+        compared = language_audit.NeuronAuditOptions(
+            neurons=neurons,
+            mended=mended,
+            twin=twin,
+            ordinary=ordinary,
+            prefix=prefix,
+            suffix=suffix,
+            length=length,
+        )
+        if language_audit.wants_neurons(out, compared):
+            if examples is None or out is None:
+                raise ConfigError("to audit neurons give --examples FILE (texts with groups) and --out RUN")
+            return language_audit.audit(
+                progress, target, examples, out, max_extraction, compared, device, dtype
+            )
         return language.audit(progress, Path(target), examples, out, max_extraction, length)
     if examples is None or out is None:
         raise ConfigError("to audit a pipeline give --examples FILE (prompts) and --out RUN")
@@ -290,27 +313,46 @@ def remove(
         str | None, typer.Option(help="Language model: ids whose sinks stay, separated by commas.")
     ] = None,
     way: Annotated[
-        Literal["excise", "fold", "edit"] | None,
+        Literal[
+            "excise",
+            "fold",
+            "edit",
+            "curvature",
+            "svd",
+            "subnet",
+            "output-vectors",
+            "gradient-ascent",
+            "gradient-difference",
+            "npo",
+            "simnpo",
+        ]
+        | None,
         typer.Option(
             help="excise: narrower language model (its default); fold: zeros at equal width (default of pipelines); "
-            "edit: pipelines, values quiet on the targets; rows of the neurons, or whole layers without --neurons."
+            "edit: pipelines, values quiet on the targets; rows of the neurons, or whole layers without --neurons; "
+            "others: weight edits of language models, without neurons."
         ),
     ] = None,
-    examples: Annotated[Path | None, typer.Option(help="For edit: prompts whose targets go quiet.")] = None,
+    examples: Annotated[Path | None, typer.Option(help="For edits: prompts or texts that are to go.")] = None,
     ordinary: Annotated[
-        Path | None, typer.Option(help="For edit: ordinary prompts, to be preserved.")
+        Path | None, typer.Option(help="For edits: ordinary prompts or texts, to be preserved.")
     ] = None,
     column: Annotated[str | None, typer.Option(help="For edit: column that holds the prompt.")] = None,
+    budget: Annotated[
+        float, typer.Option(help="Edits of language models: most that ordinary perplexity may rise, 0 to 1.")
+    ] = 0.1,
     keep_undo: Annotated[
         bool,
-        typer.Option(help="Pipeline: keep the original rows beside it; whoever has them has the memory."),
+        typer.Option(
+            help="Pipelines and edits: keep the old values beside it; whoever has them has the memory."
+        ),
     ] = False,
 ) -> Answer:
     """Remove neurons for good and write a plain model that loads without this library."""
-    from unmemorize.verbs import diffusion, language
+    from unmemorize.verbs import diffusion, language, language_remove
 
     if family_of(model) == "diffusion":
-        if way == "excise" or neurons is None or keep is not None:
+        if way not in (None, "fold", "edit") or neurons is None or keep is not None:
             raise ConfigError(
                 "for a pipeline give --neurons FILE and --way fold or edit; --keep is for sinks"
             )
@@ -319,6 +361,13 @@ def remove(
         )
     if way == "edit":
         raise ConfigError("--way edit is for pipelines; for a language model use excise or fold")
+    if way not in (None, "excise", "fold"):
+        if neurons is not None or keep is not None:
+            raise ConfigError(f"--way {way} edits weights without neurons; leave out --neurons and --keep")
+        options = language_remove.EditOptions(
+            way=way, examples=examples, ordinary=ordinary, budget=budget, keep_undo=keep_undo
+        )
+        return language_remove.edit(progress, Path(model), out, options)
     return language.remove(Path(model), out, neurons, keep, way or "excise")
 
 
