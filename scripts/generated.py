@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FORMATS = {
     "audit": records.Audit,
     "audit_pictures": records.PictureAudit,
+    "audit_neurons": records.NeuronAudit,
+    "localization": records.TextLocalization,
     "neurons": neurons.NeuronFile,
     "plan": plan.PlanFile,
 }

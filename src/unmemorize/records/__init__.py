@@ -14,6 +14,14 @@ from pydantic import ValidationError
 from unmemorize.errors import FileFormatError
 from unmemorize.files import read_json
 from unmemorize.records.base import AUDIT_FORMAT, AUDIT_VERSION, Group, Measure, Progress, ProgressCallback
+from unmemorize.records.neurons import (
+    Agreement,
+    DeletionPoint,
+    LocalizedMethod,
+    NeuronAudit,
+    NeuronState,
+    TextLocalization,
+)
 from unmemorize.records.pictures import (
     LocalizedPrompt,
     PictureAudit,
@@ -40,17 +48,22 @@ from unmemorize.records.training import (
 __all__ = [
     "AUDIT_FORMAT",
     "AUDIT_VERSION",
+    "Agreement",
     "Audit",
     "Continuation",
     "CurvePoint",
+    "DeletionPoint",
     "DocumentResult",
     "Extraction",
     "Group",
     "GroupResult",
+    "LocalizedMethod",
     "LocalizedPrompt",
     "Measure",
     "MethodResult",
     "MethodSummary",
+    "NeuronAudit",
+    "NeuronState",
     "PictureAudit",
     "PictureGroup",
     "PicturePrompt",
@@ -62,19 +75,21 @@ __all__ = [
     "SiteNeurons",
     "StateName",
     "StateResult",
+    "TextLocalization",
     "load_any_audit",
     "load_audit",
 ]
 
 
-def load_any_audit(path: str | Path) -> Audit | PictureAudit:
-    """Read and validate an `audit.json` of either family.
+def load_any_audit(path: str | Path) -> Audit | PictureAudit | NeuronAudit:
+    """Read and validate an `audit.json` of any kind.
 
     Raises:
         FileFormatError: if the file is missing, torn, of another version, or does not fit the schema.
     """
     value = read_json(path, format=AUDIT_FORMAT, version=AUDIT_VERSION)
-    kind = PictureAudit if value.get("kind") == "pictures" else Audit
+    kinds: dict[str, type[PictureAudit | NeuronAudit]] = {"pictures": PictureAudit, "neurons": NeuronAudit}
+    kind = kinds.get(str(value.get("kind")), Audit)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -90,6 +105,6 @@ def load_audit(path: str | Path) -> Audit:
         FileFormatError: if the file is missing, torn, of another version or family, or does not fit the schema.
     """
     audit = load_any_audit(path)
-    if isinstance(audit, PictureAudit):
-        raise FileFormatError(f"{path} is the audit of pictures; read it with load_any_audit")
+    if not isinstance(audit, Audit):
+        raise FileFormatError(f"{path} is the audit of {audit.kind}; read it with load_any_audit")
     return audit

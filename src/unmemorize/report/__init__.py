@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from unmemorize.errors import ConfigError, FileFormatError, RunFolderError
 from unmemorize.files import write_atomic
-from unmemorize.records import Audit, PictureAudit, load_any_audit
+from unmemorize.records import Audit, NeuronAudit, PictureAudit, load_any_audit
 
 if TYPE_CHECKING:
     from unmemorize.report.page import Part
@@ -98,7 +98,10 @@ def _load(folder: Path) -> Loaded:
         raise RunFolderError(f"run folder {folder} does not exist; pass a folder that a run was written to")
     if not (folder / "audit.json").is_file():
         raise RunFolderError(f"{folder} holds no audit.json; audit the run first, then make its report")
-    return load_any_audit(folder / "audit.json"), _load_config(folder / "config.json")
+    audit = load_any_audit(folder / "audit.json")
+    if isinstance(audit, NeuronAudit):
+        raise ConfigError(f"{folder} holds the audit of neurons, which has no page; read its audit.json")
+    return audit, _load_config(folder / "config.json")
 
 
 def _load_config(path: Path) -> dict[str, Any] | None:

@@ -144,15 +144,18 @@ def train(
 
 def localize(
     progress: ProgressCallback,
-    model: Annotated[str, typer.Argument(help="Pipeline folder or hub name.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Model or pipeline, folder or hub name.", metavar="MODEL")],
     examples: Annotated[
-        Path, typer.Option(help="What may be memorized: a table or a list of prompts (.csv, .jsonl, .txt).")
+        Path,
+        typer.Option(
+            help="What may be memorized: a table or a list of prompts or texts (.csv, .jsonl, .txt), with groups."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Run folder; run the same command again to continue.")],
     ordinary: Annotated[
         Path | None,
         typer.Option(
-            help="Ordinary prompts, never memorized: activation statistics and threshold come from them."
+            help="Ordinary prompts or texts, never memorized: activation statistics and threshold come from them."
         ),
     ] = None,
     statistics: Annotated[
@@ -160,8 +163,12 @@ def localize(
         typer.Option(help="Activation statistics made before (.safetensors), or the released ones (.npz)."),
     ] = None,
     method: Annotated[
-        Literal["fast", "compat", "paper"], typer.Option(help="NeMo: fast, as released, or as written.")
-    ] = "fast",
+        str | None,
+        typer.Option(
+            help="Pipeline: NeMo fast (default), compat (as released) or paper (as written). Language model: gradient "
+            "(default) or other localizers, separated by commas; neurons.json is that of the first."
+        ),
+    ] = None,
     ranking: Annotated[
         Literal["unusual", "gradient"],
         typer.Option(help="Order in which fast tries neurons: by z-score, or by a gradient."),
@@ -179,7 +186,7 @@ def localize(
     num_samples: Annotated[
         int | None, typer.Option(help="Samples per prompt; by default 4 for fast, else 10.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the samples, or of a localizer that draws.")] = 1,
     blocks: Annotated[
         str | None, typer.Option(help="Blocks to search, separated by commas: down,mid,up ...")
     ] = None,
@@ -187,16 +194,33 @@ def localize(
         Positions, typer.Option(help="Token positions whose activations are averaged; tail: end and padding.")
     ] = "all",
     column: Annotated[str | None, typer.Option(help="Column of the table that holds the prompt.")] = None,
+    share: Annotated[
+        float, typer.Option(help="Language model: share of each layer's neurons to choose, 0 to 1.")
+    ] = 0.01,
+    prefix: Annotated[int, typer.Option(help="Language model: tokens of a text that are given.")] = 32,
+    suffix: Annotated[int, typer.Option(help="Language model: tokens that it is to repeat.")] = 32,
+    force: Annotated[
+        bool, typer.Option("--force", help="Language model: go on if no target is memorized.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps; auto takes the first accelerator.")] = "auto",
     dtype: Annotated[
         Precision | None, typer.Option(help="Dtype of the weights; by default the checkpoint's.")
     ] = None,
 ) -> Answer:
-    """Find out which prompts reproduce training pictures, and which neurons hold them."""
-    from unmemorize.verbs import diffusion
+    """Find out what a model has memorized, prompts or texts, and which neurons hold it."""
+    from unmemorize.verbs import diffusion, language_localize, texts
 
+    if family_of(model) == "language":
+        wanted = language_localize.NeuronOptions(
+            methods=method or "gradient",
+            share=share,
+            seed=seed,
+            cut=texts.Cut(prefix=prefix, suffix=suffix, length=max(256, prefix + suffix)),
+            is_forced=force,
+        )
+        return language_localize.localize(progress, model, examples, out, ordinary, wanted, device, dtype)
     options = diffusion.NemoOptions(
-        mode=method,
+        mode=diffusion.mode_of(method),
         ranking=ranking,
         is_clustered=clusters,
         statistics=statistics,
@@ -228,17 +252,25 @@ def audit(
     ] = None,
     length: Annotated[int, typer.Option(help="For a language model: tokens to which texts are cut.")] = 256,
     neurons: Annotated[
-        Path | None, typer.Option(help="Pipeline: neurons to switch off; by default those of the run folder.")
+        Path | None, typer.Option(help="Neurons to switch off; by default those of the run folder.")
     ] = None,
+    ordinary: Annotated[
+        Path | None, typer.Option(help="Language model: ordinary texts, for perplexity with neurons off.")
+    ] = None,
+    prefix: Annotated[
+        int | None,
+        typer.Option(help="With neurons: tokens given; by default those of the run folder, or 32."),
+    ] = None,
+    suffix: Annotated[int | None, typer.Option(help="With neurons: tokens to repeat; likewise.")] = None,
     rivals: Annotated[
         str,
         typer.Option(help="Pipeline: what to compare with: placebo first-layer padding tokens:4 adjusted."),
     ] = "placebo",
     mended: Annotated[
-        Path | None, typer.Option(help="Pipeline: folder after removal, to measure too.")
+        Path | None, typer.Option(help="With neurons: folder after removal, to measure too.")
     ] = None,
     twin: Annotated[
-        Path | None, typer.Option(help="Pipeline: folder of one that never saw the targets.")
+        Path | None, typer.Option(help="With neurons: folder of one that never saw the targets.")
     ] = None,
     sscd: Annotated[
         list[Path] | None,
@@ -254,15 +286,30 @@ def audit(
         int | None, typer.Option(help="Pipeline: side of the pictures in pixels; by default its own.")
     ] = None,
     column: Annotated[str | None, typer.Option(help="Pipeline: column that holds the prompt.")] = None,
-    device: Annotated[str, typer.Option(help="Pipeline: cpu, cuda, mps, or auto.")] = "auto",
-    dtype: Annotated[Precision | None, typer.Option(help="Pipeline: dtype of the weights.")] = None,
+    device: Annotated[str, typer.Option(help="With neurons: cpu, cuda, mps, or auto.")] = "auto",
+    dtype: Annotated[Precision | None, typer.Option(help="With neurons: dtype of the weights.")] = None,
 ) -> Answer:
     """Measure what models reproduce of what they were trained on, in every state, with intervals."""
-    from unmemorize.verbs import diffusion, language
+    from unmemorize.verbs import diffusion, language, language_audit
     from unmemorize.verbs import pictures as picture_runs
 
     is_run = picture_runs.is_picture_run(Path(target))
     if family_of(target) != "diffusion" and not is_run:
+        compared = language_audit.NeuronAuditOptions(
+            neurons=neurons,
+            mended=mended,
+            twin=twin,
+            ordinary=ordinary,
+            prefix=prefix,
+            suffix=suffix,
+            length=length,
+        )
+        if language_audit.wants_neurons(out, compared):
+            if examples is None or out is None:
+                raise ConfigError("to audit neurons give --examples FILE (texts with groups) and --out RUN")
+            return language_audit.audit(
+                progress, target, examples, out, max_extraction, compared, device, dtype
+            )
         return language.audit(progress, Path(target), examples, out, max_extraction, length)
     if not is_run and (examples is None or out is None):
         raise ConfigError("to audit a pipeline give --examples FILE (prompts) and --out RUN")
@@ -300,30 +347,49 @@ def remove(
         str | None, typer.Option(help="Language model: ids whose sinks stay, separated by commas.")
     ] = None,
     way: Annotated[
-        Literal["excise", "fold", "edit"] | None,
+        Literal[
+            "excise",
+            "fold",
+            "edit",
+            "curvature",
+            "svd",
+            "subnet",
+            "output-vectors",
+            "gradient-ascent",
+            "gradient-difference",
+            "npo",
+            "simnpo",
+        ]
+        | None,
         typer.Option(
             help="excise: narrower language model (its default); fold: zeros at equal width (default of pipelines); "
-            "edit: pipelines, values quiet on the targets; rows of the neurons, or whole layers without --neurons."
+            "edit: pipelines, values quiet on the targets; rows of the neurons, or whole layers without --neurons; "
+            "others: weight edits of language models, without neurons."
         ),
     ] = None,
-    examples: Annotated[Path | None, typer.Option(help="For edit: prompts whose targets go quiet.")] = None,
+    examples: Annotated[Path | None, typer.Option(help="For edits: prompts or texts that are to go.")] = None,
     ordinary: Annotated[
-        Path | None, typer.Option(help="For edit: ordinary prompts, to be preserved.")
+        Path | None, typer.Option(help="For edits: ordinary prompts or texts, to be preserved.")
     ] = None,
     column: Annotated[str | None, typer.Option(help="For edit: column that holds the prompt.")] = None,
+    budget: Annotated[
+        float, typer.Option(help="Edits of language models: most that ordinary perplexity may rise, 0 to 1.")
+    ] = 0.1,
     keep_undo: Annotated[
         bool,
-        typer.Option(help="Pipeline: keep the original rows beside it; whoever has them has the memory."),
+        typer.Option(
+            help="Pipelines and edits: keep the old values beside it; whoever has them has the memory."
+        ),
     ] = False,
 ) -> Answer:
     """Remove neurons for good and write a plain model that loads without this library."""
-    from unmemorize.verbs import diffusion, language
+    from unmemorize.verbs import diffusion, language, language_remove
     from unmemorize.verbs import pictures as picture_runs
 
     if family_of(model) == "diffusion":
         if neurons is None and way != "edit" and (Path(model) / "sinks.json").is_file():
             return picture_runs.remove_sinks(Path(model), out, keep, way or "excise")
-        if way == "excise" or neurons is None or keep is not None:
+        if way not in (None, "fold", "edit") or neurons is None or keep is not None:
             raise ConfigError(
                 "for a pipeline give --neurons FILE and --way fold or edit; --keep is for sinks"
             )
@@ -332,6 +398,13 @@ def remove(
         )
     if way == "edit":
         raise ConfigError("--way edit is for pipelines; for a language model use excise or fold")
+    if way not in (None, "excise", "fold"):
+        if neurons is not None or keep is not None:
+            raise ConfigError(f"--way {way} edits weights without neurons; leave out --neurons and --keep")
+        options = language_remove.EditOptions(
+            way=way, examples=examples, ordinary=ordinary, budget=budget, keep_undo=keep_undo
+        )
+        return language_remove.edit(progress, Path(model), out, options)
     return language.remove(Path(model), out, neurons, keep, way or "excise")
 
 

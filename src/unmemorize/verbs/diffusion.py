@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, cast, get_args
 
 from unmemorize.errors import ConfigError, DataError
 from unmemorize.verbs.answers import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 P = ParamSpec("P")
+Mode = Literal["fast", "compat", "paper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class Loading:
 class NemoOptions:
     """Options of `localize` that only text-to-image models have; the verb says what they mean."""
 
-    mode: Literal["fast", "compat", "paper"] = "fast"
+    mode: Mode = "fast"
     ranking: Literal["unusual", "gradient"] = "unusual"
     is_clustered: bool = False
     statistics: Path | None = None
@@ -57,6 +58,18 @@ class NemoOptions:
     blocks: str | None = None
     positions: Positions = "all"
     column: str | None = None
+
+
+def mode_of(method: str | None) -> Mode:
+    """Return the NeMo mode that a method names; fast if none does.
+
+    Raises:
+        ConfigError: if it names something else.
+    """
+    name = method or "fast"
+    if name not in get_args(Mode):
+        raise ConfigError(f"unknown method {name!r} for a pipeline; expected {', '.join(get_args(Mode))}")
+    return cast("Mode", name)
 
 
 def quietly(verb: Callable[P, Answer]) -> Callable[P, Answer]:

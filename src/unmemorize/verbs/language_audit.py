@@ -1,0 +1,242 @@
+"""`audit` of the neurons of a language model: states, placebo and curve, from options to the library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from unmemorize.errors import ConfigError, RunFolderError
+from unmemorize.verbs.answers import Answer, Precision, bar_line, upper_end
+from unmemorize.verbs.texts import Cut, load_model, read_ordinary, read_texts, target_cuts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from unmemorize.audit.neurons import TextWay
+    from unmemorize.localize.neuron_scores import NeuronScores
+    from unmemorize.neurons import NeuronSet
+    from unmemorize.records import Measure, NeuronState, ProgressCallback, TextLocalization
+
+SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+"""Shares of each layer on the curve, beside the one that was chosen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeuronAuditOptions:
+    """What is compared; the verb says what the options mean."""
+
+    neurons: Path | None = None
+    mended: Path | None = None
+    twin: Path | None = None
+    ordinary: Path | None = None
+    prefix: int | None = None
+    suffix: int | None = None
+    length: int = 256
+    seed: int = 0
+
+
+def audit(
+    progress: ProgressCallback,
+    model: str,
+    examples: Path,
+    out: Path,
+    max_extraction: float | None,
+    options: NeuronAuditOptions,
+    device: str = "auto",
+    precision: Precision | None = None,
+) -> Answer:
+    """Measure before, after, placebo, and further folders; write `audit.json`."""
+    from unmemorize.audit.examples import AuditSettings, continuations
+    from unmemorize.audit.localized import site_neurons
+    from unmemorize.audit.neurons import audit_ways
+    from unmemorize.audit.training import decoder
+    from unmemorize.isolate.runs import environment
+    from unmemorize.models.language import find_mlps, require_same_model
+    from unmemorize.neurons import load_neurons
+    from unmemorize.records import NeuronAudit
+    from unmemorize.tokenizer import load_tokenizer
+
+    if (out / "audit.json").exists():
+        raise RunFolderError(f"{out} already holds an audit; choose another folder")
+    neurons = load_neurons(options.neurons or out / "neurons.json")
+    stored = _stored(out)
+    cut = _cut(options, stored)
+    tokenizer = load_tokenizer(model)
+    texts = read_texts(examples, tokenizer, model, cut)
+    target_cuts(texts, cut, examples)
+    ordinary = read_ordinary(options.ordinary, tokenizer, cut, texts)
+    loaded = load_model(model, device, precision)
+    require_same_model(neurons, loaded)
+    settings = AuditSettings(lengths=((cut.prefix, cut.suffix),), seed=options.seed)
+    ways = _ways(loaded, neurons, options, device, precision)
+    records, measured = audit_ways(ways, texts, ordinary, settings, progress=progress)
+    curve = _curve(
+        out, loaded, stored, [t for t in texts if t.group == "target"], ordinary, settings, progress
+    )
+    headline = "mended" if options.mended else "after"
+    result = NeuronAudit(
+        title=f"Neurons of {Path(model).name}",
+        verdict=_verdict({one.state: one for one in records}, headline),
+        settings={
+            "model": neurons.model_id,
+            "headline_state": headline,
+            "prefix_tokens": cut.prefix,
+            "suffix_tokens": cut.suffix,
+            "length_tokens": cut.length,
+            "num_ordinary": len(ordinary),
+            "seed": options.seed,
+        },
+        environment=environment(),
+        states=records,
+        continuations=continuations(texts, measured, decoder(tokenizer)),
+        sites=site_neurons([mlp.site for mlp in find_mlps(loaded)], neurons),
+        localized=[] if stored is None else stored.methods,
+        agreement=[] if stored is None else stored.agreement,
+        curve=curve,
+        limits=_limits(ordinary),
+    )
+    result.save(out / "audit.json")
+    after = next(one for one in records if one.state == headline)
+    bar, code = bar_line("extraction", upper_end(_rate(after)), max_extraction)
+    lines = [*(_line(one) for one in records), result.verdict, *result.limits, *bar, str(out / "audit.json")]
+    return Answer(data=result.model_dump(mode="json"), lines=lines, exit_code=code)
+
+
+def _stored(out: Path) -> TextLocalization | None:
+    """Return what localization left in the run folder, if it did."""
+    from pydantic import ValidationError
+
+    from unmemorize.errors import FileFormatError
+    from unmemorize.files import read_json
+    from unmemorize.records import TextLocalization
+
+    path = out / "localization.json"
+    if not path.is_file():
+        return None
+    try:
+        return TextLocalization.model_validate(
+            read_json(path, format="unmemorize.text_localization", version=1)
+        )
+    except ValidationError as error:
+        raise FileFormatError(f"{path} does not fit the localization format; localize again") from error
+
+
+def _cut(options: NeuronAuditOptions, stored: TextLocalization | None) -> Cut:
+    prefix = options.prefix or (stored.prefix_tokens if stored else 32)
+    suffix = options.suffix or (stored.suffix_tokens if stored else 32)
+    return Cut(prefix=prefix, suffix=suffix, length=max(options.length, prefix + suffix))
+
+
+def _ways(
+    model: PreTrainedModel,
+    neurons: NeuronSet,
+    options: NeuronAuditOptions,
+    device: str,
+    precision: Precision | None,
+) -> list[TextWay]:
+    from unmemorize.audit.neurons import TextWay
+
+    placebo = neurons.placebo(seed=options.seed)
+    ways = [
+        TextWay("before", "as it is", model),
+        TextWay("after", "neurons off", model, neurons, "The chosen neurons are multiplied by 0."),
+        TextWay(
+            "placebo", "random neurons off", model, placebo, "As many other neurons of each layer, drawn."
+        ),
+    ]
+    for state, folder, label in (
+        ("mended", options.mended, "mended"),
+        ("twin", options.twin, "never saw the targets"),
+    ):
+        if folder is not None:
+            ways.append(TextWay(state, label, load_model(folder, device, precision), None, folder.name))
+    return ways
+
+
+def _curve(
+    out: Path,
+    model: PreTrainedModel,
+    stored: TextLocalization | None,
+    targets: Any,
+    ordinary: Any,
+    settings: Any,
+    progress: ProgressCallback,
+) -> Any:
+    """Return the curve over shares of the methods whose scores are in the run folder, and of the two controls."""
+    from unmemorize.audit.neurons import deletion_curve
+    from unmemorize.localize.neuron_scores import load_scores
+    from unmemorize.models.language import fingerprint
+
+    if stored is None or stored.model_id != fingerprint(model):
+        return []
+    paths = {one.method: out / "scores" / f"{one.method}.safetensors" for one in stored.methods}
+    scores = {name: load_scores(path) for name, path in paths.items() if path.is_file()}
+    scores.update(_controls(model, scores))
+    shares = sorted({*SHARES, stored.share_frac})
+    return deletion_curve(model, scores, shares, targets, ordinary, settings, progress=progress)
+
+
+def _controls(model: PreTrainedModel, scores: dict[str, NeuronScores]) -> dict[str, NeuronScores]:
+    """Score by chance and by size where the run did not; neither looks at a text."""
+    from unmemorize.corpus.memorized import MemorizedExample
+    from unmemorize.localize.language import LocalizeSettings, localize
+
+    nothing = MemorizedExample(prefix=(1,), suffix=(1,))
+    settings = LocalizeSettings(is_forced=True)
+    controls: tuple[Literal["random", "magnitude"], ...] = ("random", "magnitude")
+    return {name: localize(model, [nothing], name, settings) for name in controls if name not in scores}
+
+
+def _rate(state: NeuronState) -> Measure | None:
+    group = next((one for one in state.groups if one.group == "target"), None)
+    return group.extraction[0].extraction_rate_frac if group and group.extraction else None
+
+
+def _words(measure: Measure | None, unit: str) -> str:
+    if measure is None or measure.value is None:
+        return f"refused ({measure.refused if measure else 'no targets'})"
+    text = f"{measure.value:.0%}" if unit == "%" else f"{measure.value:.2f}"
+    if measure.ci95 is None:
+        return text
+    low, high = measure.ci95
+    return f"{text} [{low:.0%}, {high:.0%}]" if unit == "%" else f"{text} [{low:.2f}, {high:.2f}]"
+
+
+def _line(state: NeuronState) -> str:
+    group = next(one for one in state.groups if one.group == "target")
+    return (
+        f"{state.label}: {_words(_rate(state), '%')} of targets verbatim, loss {_words(group.loss_nats, 'nats')} nats, "
+        f"ordinary perplexity {_words(state.ordinary_perplexity, '')}"
+    )
+
+
+def _verdict(states: dict[str, NeuronState], headline: str) -> str:
+    before, after, placebo = (_words(_rate(states[name]), "%") for name in ("before", headline, "placebo"))
+    return (
+        f"Of the targets, {before} are repeated verbatim before, {after} {states[headline].label}, and {placebo} with "
+        "as many random neurons off."
+    )
+
+
+def _limits(ordinary: Any) -> list[str]:
+    limits = [
+        "Neurons that were chosen on these targets are measured on them; extraction is one way of asking, and a text "
+        "that is no longer repeated may still be known: read the loss beside it."
+    ]
+    return (
+        limits if ordinary else [*limits, "Without ordinary texts nothing is said of what the model loses."]
+    )
+
+
+def wants_neurons(out: Path | None, options: NeuronAuditOptions) -> bool:
+    """Tell whether an audit is one of neurons: some are named, or the run folder holds those that were found."""
+    if (
+        options.neurons is None
+        and (options.mended or options.twin)
+        and not (out and (out / "neurons.json").is_file())
+    ):
+        raise ConfigError(
+            "mended and twin are compared with the neurons: give --neurons FILE, or localize first"
+        )
+    return options.neurons is not None or bool(out and (out / "localization.json").is_file())

@@ -1,0 +1,276 @@
+"""`localize` for language models: which texts are memorized, and which neurons hold them.
+
+The run folder gets `config.json` (what the run is of), `examples.jsonl`, `scores/METHOD.safetensors`, `neurons.json`
+(the set of the first method) and, last, `localization.json`. Scores that are there already are not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unmemorize.errors import ConfigError, DataError, RunFolderError
+from unmemorize.verbs.answers import Answer, Precision
+from unmemorize.verbs.texts import (
+    Cut,
+    decoded,
+    digest_of,
+    load_model,
+    read_ordinary,
+    read_texts,
+    target_cuts,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from unmemorize.audit.examples import Example
+    from unmemorize.corpus.memorized import MemorizedExample
+    from unmemorize.localize.neuron_scores import NeuronScores
+    from unmemorize.neurons import NeuronSet
+    from unmemorize.records import Agreement, LocalizedMethod, Measure, ProgressCallback
+
+RUN_FORMAT, RUN_VERSION = "unmemorize.localize_run", 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeuronOptions:
+    """Options of `localize` that only language models have; the verb says what they mean."""
+
+    methods: str = "gradient"
+    share: float = 0.01
+    seed: int = 0
+    cut: Cut = field(default_factory=Cut)
+    is_forced: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The methods, each once, in order."""
+        return list(dict.fromkeys(self.methods.replace(",", " ").split()))
+
+
+def localize(
+    progress: ProgressCallback,
+    model: str,
+    examples: Path,
+    out: Path,
+    ordinary: Path | None,
+    options: NeuronOptions,
+    device: str = "auto",
+    precision: Precision | None = None,
+) -> Answer:
+    """Score the neurons of the memorized targets by every method, and keep the best share of each layer."""
+    from unmemorize.models.language import fingerprint
+    from unmemorize.records import TextLocalization
+    from unmemorize.tokenizer import load_tokenizer
+
+    names, cut = _known(options), options.cut
+    tokenizer = load_tokenizer(model)
+    texts = read_texts(examples, tokenizer, model, cut)
+    targets = target_cuts(texts, cut, examples)
+    known = read_ordinary(ordinary, tokenizer, cut, texts)
+    if "outliers" in names and len(known) < 2:
+        raise ConfigError(
+            "outliers compares with ordinary texts; give --ordinary FILE with two texts or more"
+        )
+    loaded = load_model(model, device, precision)
+    is_memorized, rate = _memorized(loaded, targets, cut, is_forced=options.is_forced)
+    _start(out, _header(fingerprint(loaded), texts, known, names[0], options))
+    _write_examples(out, texts, tokenizer, dict(zip((t.name for t in targets), is_memorized, strict=True)))
+    chosen = [t for t, is_one in zip(targets, is_memorized, strict=True) if is_one] or list(targets)
+    scores = {name: _scores(out, loaded, chosen, name, known, options, progress) for name in names}
+    sets = {name: found.top(options.share) for name, found in scores.items()}
+    sets[names[0]].save(out / "neurons.json")
+    result = TextLocalization(
+        model_id=fingerprint(loaded),
+        method=names[0],
+        share_frac=options.share,
+        prefix_tokens=cut.prefix,
+        suffix_tokens=cut.suffix,
+        num_targets=len(targets),
+        num_memorized=sum(is_memorized),
+        extraction_rate_frac=rate,
+        methods=[_method(scores[name], sets[name]) for name in names],
+        agreement=_agreement(sets, scores[names[0]]),
+    )
+    result.save(out / "localization.json")
+    lines = [
+        f"{result.num_memorized} of {len(targets)} target texts are repeated verbatim {_interval(rate)}",
+        *(_line(found) for found in result.methods),
+        *(
+            f"{one.first} and {one.second} share {one.jaccard_frac:.0%} of their neurons "
+            f"(chance {one.by_chance_frac:.1%})"
+            for one in result.agreement
+        ),
+        str(out / "neurons.json"),
+    ]
+    data = {"run": str(out), "neurons": str(out / "neurons.json"), **result.model_dump(mode="json")}
+    return Answer(data=data, lines=lines)
+
+
+def _known(options: NeuronOptions) -> list[str]:
+    """Return the methods' names; refuse what is unknown or out of range before anything is loaded."""
+    from unmemorize.localize.methods import METHODS
+
+    names = options.names
+    unknown = next((name for name in names if name not in METHODS), None)
+    if unknown is not None or not names:
+        raise ConfigError(
+            f"unknown method {unknown or ''!r} for a language model; expected one or more of {', '.join(METHODS)}"
+        )
+    if not 0 < options.share <= 1:
+        raise ConfigError(f"share is {options.share}, expected a fraction above 0 and at most 1")
+    return names
+
+
+def _memorized(
+    model: PreTrainedModel, targets: Sequence[MemorizedExample], cut: Cut, *, is_forced: bool
+) -> tuple[list[bool], Measure]:
+    """Let the model go on after every prefix; refuse if it repeats none."""
+    from unmemorize.audit.language import extract
+    from unmemorize.audit.statistics import wilson, wilson_interval
+
+    test = extract(model, [target.tokens for target in targets], cut.prefix, cut.suffix)
+    is_exact = [bool(flag) for flag in test.scores.is_exact]
+    if not any(is_exact) and not is_forced:
+        low, high = wilson_interval(0, len(targets))
+        raise DataError(
+            f"the model repeats 0 of {len(targets)} target texts verbatim ({low:.0%} to {high:.0%}) after {cut.prefix} "
+            f"tokens, so there is no memory of {cut.suffix} tokens to localize; give --force to go on"
+        )
+    return is_exact, wilson(sum(is_exact), len(targets))
+
+
+def _header(
+    model_id: str,
+    texts: Sequence[Example],
+    known: Sequence[tuple[int, ...]],
+    method: str,
+    options: NeuronOptions,
+) -> dict[str, Any]:
+    settings = {
+        "model": model_id,
+        "examples": digest_of([[one.name, one.group, one.tokens] for one in texts]),
+        "ordinary": digest_of(known),
+        "method": method,
+        "share": options.share,
+        "seed": options.seed,
+        "prefix_tokens": options.cut.prefix,
+        "suffix_tokens": options.cut.suffix,
+    }
+    return {"format": RUN_FORMAT, "format_version": RUN_VERSION, "settings": settings}
+
+
+def _start(out: Path, header: dict[str, Any]) -> None:
+    """Begin a run folder, or continue the same run in it."""
+    from unmemorize.files import read_json, write_json
+
+    path = out / "config.json"
+    if not path.exists():
+        if (out / "localization.json").exists() or (out / "audit.json").exists():
+            raise RunFolderError(f"{out} holds another run; choose a new folder")
+        write_json(path, header)
+        return
+    stored = read_json(path, format=RUN_FORMAT, version=RUN_VERSION)["settings"]
+    wanted = header["settings"]
+    changed = [name for name in wanted if stored.get(name) != wanted[name]]
+    if changed:
+        raise RunFolderError(f"{out} holds another run ({', '.join(changed)} differ); choose a new folder")
+
+
+def _write_examples(
+    out: Path,
+    texts: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    is_memorized: dict[str, bool],
+) -> None:
+    import json
+
+    from unmemorize.files import write_atomic
+
+    rows = [
+        {
+            "name": one.name,
+            "group": one.group,
+            "text": decoded(tokenizer, one.tokens),
+            "tokens": list(one.tokens),
+            **({"is_memorized": is_memorized[one.name]} if one.name in is_memorized else {}),
+        }
+        for one in texts
+    ]
+    write_atomic(out / "examples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _scores(
+    out: Path,
+    model: PreTrainedModel,
+    chosen: Sequence[MemorizedExample],
+    name: str,
+    known: Sequence[tuple[int, ...]],
+    options: NeuronOptions,
+    progress: ProgressCallback,
+) -> NeuronScores:
+    """Return a method's scores: those in the run folder, or new ones."""
+    from unmemorize.localize.language import LocalizeSettings, localize
+    from unmemorize.localize.neuron_scores import load_scores
+    from unmemorize.localize.outliers import collect_statistics
+
+    path = out / "scores" / f"{name}.safetensors"
+    if path.is_file():
+        return load_scores(path)
+    settings = LocalizeSettings(seed=options.seed, is_forced=True)
+    statistics = collect_statistics(model, known, progress=progress) if name == "outliers" else None
+    found = localize(model, chosen, name, settings, statistics=statistics, progress=progress)  # type: ignore[arg-type]
+    found.save(path)
+    return found
+
+
+def _method(scores: NeuronScores, chosen: NeuronSet) -> LocalizedMethod:
+    from unmemorize.records import LocalizedMethod
+
+    return LocalizedMethod(
+        method=scores.method,
+        num_neurons=len(chosen),
+        neurons_per_layer=[len(chosen.indices.get(site, ())) for site in scores.sites],
+        forward_equivalents=scores.cost.forward_equivalents,
+        seconds=round(scores.cost.seconds, 3),
+    )
+
+
+def _agreement(sets: dict[str, NeuronSet], scores: NeuronScores) -> list[Agreement]:
+    """Compare all pairs of sets; chance is two random draws of the same sizes at every site."""
+    from itertools import combinations
+
+    from unmemorize.records import Agreement
+
+    widths = {site: site.width for site in scores.sites}
+    rows = []
+    for (first, one), (second, other) in combinations(sets.items(), 2):
+        expected = sum(
+            len(one.indices.get(site, ())) * len(other.indices.get(site, ())) / width
+            for site, width in widths.items()
+        )
+        rows.append(
+            Agreement(
+                first=first,
+                second=second,
+                jaccard_frac=len(one & other) / max(1, len(one | other)),
+                by_chance_frac=expected / max(1.0, len(one) + len(other) - expected),
+            )
+        )
+    return rows
+
+
+def _line(found: LocalizedMethod) -> str:
+    return (
+        f"{found.method}: {found.num_neurons} neurons in {len(found.neurons_per_layer)} layers; "
+        f"{found.forward_equivalents:.0f} forward-equivalents, {found.seconds:.1f} s"
+    )
+
+
+def _interval(rate: Measure) -> str:
+    if rate.value is None or rate.ci95 is None:
+        return f"(rate refused: {rate.refused})"
+    return f"({rate.value:.0%}, 95 % interval {rate.ci95[0]:.0%} to {rate.ci95[1]:.0%})"
