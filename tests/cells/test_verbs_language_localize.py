@@ -9,6 +9,7 @@ import pytest
 
 from tests.cells.planted_texts import sentences, write_planted, write_rows
 from tests.cells.test_verbs import ask, refusal
+from unmemorize.cli import main
 from unmemorize.localize.neuron_scores import load_scores
 from unmemorize.models.language import fingerprint, load
 from unmemorize.neurons import load_neurons
@@ -143,6 +144,10 @@ def test_audit_compares_states(folder: Path, capsys: pytest.CaptureFixture[str])
     assert all(point["ordinary_perplexity"]["value"] > 1 for point in answer["curve"])
     assert answer["continuations"][0]["generated"].keys() == states.keys()
     assert isinstance(load_any_audit(folder / "audited" / "audit.json"), NeuronAudit)
+    assert main(["report", str(folder / "audited")]) == 0
+    page = (folder / "audited" / "report.html").read_text()
+    assert "Agreement between methods" in page and "magnitude (control)" in page
+    assert "random neurons off" in page and "Marked tokens" in page
     message = refusal(capsys, *audit_words(folder, "audited"))
     assert "already holds an audit; choose another folder" in message
 

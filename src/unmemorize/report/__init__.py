@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "report.html"
 MAX_PICTURE_BYTES = 12_000_000
-Loaded = tuple[Audit | PictureAudit, dict[str, Any] | None]
+Loaded = tuple[Audit | PictureAudit | NeuronAudit, dict[str, Any] | None]
 
 
 def render(run_folders: Sequence[str | Path], *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> str:
@@ -58,9 +58,11 @@ def render(run_folders: Sequence[str | Path], *, max_picture_bytes: int = MAX_PI
 
 def _run_of(folder: Path, place: int, loaded: Sequence[Loaded], max_picture_bytes: int) -> Part:
     """One run's part of the page; all runs with pictures share what the page may embed."""
-    from unmemorize.report import picture_story, story
+    from unmemorize.report import neuron_story, picture_story, story
 
     audit, config = loaded[place]
+    if isinstance(audit, NeuronAudit):
+        return neuron_story.run_of(audit, config, place, len(loaded))
     if isinstance(audit, Audit):
         return story.run_of(audit, config, place, len(loaded))
     num_pictures = sum(isinstance(one, PictureAudit) for one, _ in loaded)
@@ -98,10 +100,7 @@ def _load(folder: Path) -> Loaded:
         raise RunFolderError(f"run folder {folder} does not exist; pass a folder that a run was written to")
     if not (folder / "audit.json").is_file():
         raise RunFolderError(f"{folder} holds no audit.json; audit the run first, then make its report")
-    audit = load_any_audit(folder / "audit.json")
-    if isinstance(audit, NeuronAudit):
-        raise ConfigError(f"{folder} holds the audit of neurons, which has no page; read its audit.json")
-    return audit, _load_config(folder / "config.json")
+    return load_any_audit(folder / "audit.json"), _load_config(folder / "config.json")
 
 
 def _load_config(path: Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from unmemorize.records import Audit, Continuation, DocumentResult, MethodResult
@@ -191,8 +192,26 @@ def examples(audit: Audit, headline: str) -> list[Example]:
     return [_example(pairs) for pairs in list(found.values())[:MAX_CONTINUATIONS]]
 
 
+def example_of(one: Continuation, labels: Mapping[str, str]) -> Example:
+    """One text as each state continues it; `labels` maps the names of states to words."""
+    return _with_passages(
+        one, [_passage(labels.get(state, state), said, one.truth) for state, said in one.generated.items()]
+    )
+
+
 def _example(pairs: list[tuple[MethodResult, Continuation]]) -> Example:
     first = pairs[0][1]
+    passages = []
+    for result, one in pairs:
+        label = result.label
+        states = sorted(one.generated, key=lambda state: list(STATES).index(state) if state in STATES else 99)
+        for state in states:
+            name = label if state == "plain" else f"{label}, {state}"
+            passages.append(_passage(name, one.generated[state], first.truth))
+    return _with_passages(first, passages)
+
+
+def _with_passages(first: Continuation, passages: list[Passage]) -> Example:
     truth = Passage(
         name="Training text",
         tokens=tuple(token_of(text) for text in first.truth),
@@ -200,18 +219,11 @@ def _example(pairs: list[tuple[MethodResult, Continuation]]) -> Example:
         num_tokens=len(first.truth),
         is_training_text=True,
     )
-    passages = [truth]
-    for result, one in pairs:
-        label = result.label
-        states = sorted(one.generated, key=lambda state: list(STATES).index(state) if state in STATES else 99)
-        for state in states:
-            name = label if state == "plain" else f"{label}, {state}"
-            passages.append(_passage(name, one.generated[state], first.truth))
     return Example(
         name=clip(first.example),
         group=GROUPS[first.group],
         prefix=tuple(token_of(text) for text in first.prefix),
-        passages=tuple(passages),
+        passages=(truth, *passages),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from unmemorize.records import PictureAudit, SiteNeurons
+from unmemorize.records import NeuronAudit, PictureAudit, SiteNeurons
 from unmemorize.report import plots, rows
 from unmemorize.report.measures import Cell
 from unmemorize.report.page import Plot
@@ -41,7 +41,7 @@ def short_paths(paths: Sequence[str]) -> list[str]:
     return [".".join(parts[first : len(parts) - last]) for parts in split]
 
 
-def neuron_plot(audit: PictureAudit, ident: str) -> Plot | None:
+def neuron_plot(audit: PictureAudit | NeuronAudit, ident: str) -> Plot | None:
     """The map of chosen neurons over all sites; None when no site is recorded or no neuron chosen."""
     names = short_paths([site.path for site in audit.sites])
     sites = [(name, site) for name, site in zip(names, audit.sites, strict=True) if site.width > 0]
@@ -149,7 +149,7 @@ def frequent(site: SiteNeurons, limit: int) -> str:
     return ", ".join(texts) + more
 
 
-def neuron_table(audit: PictureAudit, ident: str) -> Table | None:
+def neuron_table(audit: PictureAudit | NeuronAudit, ident: str) -> Table | None:
     """Chosen neurons by site; None when no site is recorded."""
     if not audit.sites:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from unmemorize.records import Audit, PictureAudit
+from unmemorize.records import Audit, NeuronAudit, PictureAudit
 from unmemorize.report.measures import Cell
 from unmemorize.report.tables import Table, flatten
 
@@ -112,7 +112,7 @@ def settings_pairs(
     return pairs
 
 
-def embedded(audit: Audit | PictureAudit) -> str:
+def embedded(audit: Audit | PictureAudit | NeuronAudit) -> str:
     """The whole audit for the download button, or nothing when it would bloat the page."""
     text = json.dumps(audit.model_dump(mode="json"), ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c") if len(text) <= MAX_EMBEDDED_BYTES else ""

@@ -35,6 +35,24 @@ LANGUAGE_WORDS = (
     ),
 )
 
+NEURON_WORDS = (
+    LANGUAGE_WORDS[0],
+    (
+        "Neuron",
+        "An input channel of an MLP's last projection; off means that its activation is multiplied by 0.",
+    ),
+    ("Verbatim", "Given the beginning of a text, the model goes on with the rest, word for word."),
+    ("Near-verbatim", "At most a quarter of the tokens would have to be changed, left out or put in."),
+    ("Matched", "Tokens of a continuation before the first one that differs."),
+    ("Perplexity", "exp of the loss on ordinary text, all its tokens weighted alike."),
+    ("Placebo", "As many random neurons of each layer off: what any removal of that size loses."),
+    (
+        "Controls",
+        "random chooses by chance, magnitude by the size of what a neuron writes; neither sees a text.",
+    ),
+    LANGUAGE_WORDS[-1],
+)
+
 PICTURE_WORDS = (
     ("Copy", "A picture as similar to the training picture as the threshold asks, or more."),
     ("Copied", "Share of prompts, or of pictures, that give a copy; the settings say how seeds are pooled."),

@@ -212,6 +212,10 @@ def _line(state: NeuronState) -> str:
 
 
 def _verdict(states: dict[str, NeuronState], headline: str) -> str:
+    rate = _rate(states["before"])
+    if rate is None or rate.value is None:
+        reason = "no targets" if rate is None else rate.refused
+        return f"How much of the targets is repeated verbatim is refused in every state ({reason})."
     before, after, placebo = (_words(_rate(states[name]), "%") for name in ("before", headline, "placebo"))
     return (
         f"Of the targets, {before} are repeated verbatim before, {after} {states[headline].label}, and {placebo} with "
