@@ -4,11 +4,14 @@
     unmemorize train --config recipes/planted_twin.json --out RUN
     python recipes/planted_twin.py edit RUN [--seeds 0,1] [--only "svd;npo"]
     python recipes/planted_twin.py table RUN
+    python recipes/planted_twin.py plot RUN > curves.svg
 
-The run's `standard` models have seen some texts 64 times, its `dedup` models the same texts once. Half of the repeated
-texts are targets, the other half neighbours; held-out ones are repeated texts of another origin. Edits see targets and
-texts that were trained on once, never what is measured. The budget is watched on one half of the ordinary texts, and
-what it cost is reported on the other. `edit` adds a line to RUN/edits.jsonl for each edit, and continues.
+The run's `standard` models have seen some texts many times, its `dedup` models the same texts once; `sinks` models as
+often as `standard`, with sinks that are closed here: isolation by design beside localization after the fact. Half of
+the repeated texts are targets, the other half neighbours; held-out ones are repeated texts of another origin. Edits
+see targets and texts that were trained on once, never what is measured. The budget is watched on one half of the
+ordinary texts, and what it cost is reported on the other. `edit` adds a line to RUN/edits.jsonl for each edit, and
+continues.
 """
 
 from __future__ import annotations
@@ -28,10 +31,15 @@ import numpy as np
 import torch
 
 from unmemorize.audit.language import document_losses, extract
-from unmemorize.audit.statistics import bootstrap_mean, wilson
+from unmemorize.audit.statistics import bootstrap_mean, mean_over_seeds, wilson
 from unmemorize.corpus import mix, read_corpus
+from unmemorize.corpus.memorized import cut_examples
 from unmemorize.files import append_json_line, read_json_lines
+from unmemorize.isolate.language import sink_state
+from unmemorize.isolate.plan import load_plan
 from unmemorize.isolate.runs import model_folder, read_run
+from unmemorize.localize.language import localize
+from unmemorize.localize.recital import BreakSettings, smallest_set
 from unmemorize.models.language import find_mlps, load, signature
 from unmemorize.neurons import NeuronSet
 from unmemorize.remove.curvature import collect_factors
@@ -45,6 +53,7 @@ from unmemorize.remove.settings import (
     UnlearningSettings,
     settings_to_json,
 )
+from unmemorize.report import plots
 from unmemorize.tokenizer import encode_documents, load_tokenizer
 
 PREFIX_TOKENS, SUFFIX_TOKENS = 32, 32
@@ -52,6 +61,10 @@ SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 BUDGETS = (0.02, 0.10)
 NUM_RETAIN = 256
 LOCALIZERS = ("activations", "gradient", "slimming", "hard-concrete")
+BREAKS = (0.8, 0.5)  # likelihood of the targets that the search may leave, 0..1
+CLOSED = "sinks, closed"
+WORDS = "Drop of target extraction over rise of perplexity, means over seeds"
+TRAINED = ("standard", "dedup", CLOSED)  # rows that are no edits
 
 Texts = list[tuple[int, ...]]
 
@@ -103,7 +116,7 @@ def read_material(run: Path) -> Material:
 
 
 def neuron_sets(model: Any, material: Material) -> Iterator[tuple[str, Callable[[], tuple[Any, float]]]]:
-    """Yield (name, how to score): controls first, then localizers that are installed.
+    """Yield (name, how to score): controls first, then localizers.
 
     Scoring gives share -> neurons, and the seconds that it took.
     """
@@ -120,11 +133,6 @@ def neuron_sets(model: Any, material: Material) -> Iterator[tuple[str, Callable[
 
     for name, by_site in controls.items():
         yield name, partial(lambda by_site: (partial(top, by_site), 0.0), by_site)
-    try:
-        from unmemorize.corpus.memorized import cut_examples
-        from unmemorize.localize.language import localize
-    except ImportError:
-        return
     examples = cut_examples(material.groups["target"], PREFIX_TOKENS, SUFFIX_TOKENS)
 
     def scored(name: str) -> tuple[Any, float]:
@@ -134,6 +142,21 @@ def neuron_sets(model: Any, material: Material) -> Iterator[tuple[str, Callable[
 
     for name in LOCALIZERS:
         yield name, partial(scored, name)
+
+
+def searched(model: Any, material: Material) -> Callable[[float], Edit]:
+    """Return the search for few neurons along the gradient's ranking: likelihood that may be left -> edit."""
+    examples = cut_examples(material.groups["target"], PREFIX_TOKENS, SUFFIX_TOKENS)
+    scores = cache(partial(localize, model, examples, "gradient"))
+
+    def broken(left_frac: float) -> Edit:
+        found = smallest_set(model, examples, scores(), BreakSettings(threshold_frac=left_frac))
+        made = edit(model, [], [], "fold", FoldSettings(neurons=found.neurons))
+        made.cost.seconds += scores().cost.seconds + found.cost.seconds
+        made.cost.forward_equivalents += scores().cost.forward_equivalents + found.cost.forward_equivalents
+        return made
+
+    return broken
 
 
 def magnitude(mlp: Any) -> torch.Tensor:
@@ -163,6 +186,9 @@ def edits(model: Any, material: Material) -> Iterator[tuple[str, float, Callable
         once = cache(score)
         for share in SHARES:
             yield name, share, partial(folded, once, share)
+    search = searched(model, material)
+    for left_frac in BREAKS:
+        yield "search", 1 - left_frac, partial(search, left_frac)
     every = tuple(range(len(find_mlps(model))))
     for name, layers in (("svd", None), ("svd, all layers", every)):
         for gate in (0.1, 0.25, 0.5, 0.75, 0.9):
@@ -222,6 +248,12 @@ def run_edits(run: Path, seeds: list[int], only: set[str]) -> None:
             if (seed, name, 0.0) not in done and (folder / "training.json").is_file():
                 row = measure(load(folder, run_check=False), material)
                 append_json_line(out, {"seed": seed, "edit": name, "strength": 0.0, **row})
+        folder = model_folder(run, "sinks", seed)
+        if (seed, CLOSED, 0.0) not in done and (folder / "training.json").is_file():
+            sunk = load(folder, run_check=False)
+            with sink_state(sunk, load_plan(folder / "sinks.json"), "off"):
+                row = measure(sunk, material)
+            append_json_line(out, {"seed": seed, "edit": CLOSED, "strength": 0.0, **row})
         model = load(model_folder(run, "standard", seed), run_check=False)
         for name, strength, make in edits(model, material):
             if (seed, name, strength) in done or (only and name not in only):
@@ -245,33 +277,37 @@ def rise(line: dict[str, Any], before: dict[str, Any], half: str) -> float:
     return math.expm1(line[f"{half}_nats"] - before[f"{half}_nats"])
 
 
+def within(
+    lines: list[dict[str, Any]], before: dict[int, dict[str, Any]], name: str, budget: float
+) -> list[dict[str, Any]]:
+    """Return one line for each seed that has this edit: the strongest removal in the budget, else the model before."""
+    chosen = []
+    for seed, start in before.items():
+        mine = [line for line in lines if (line["seed"], line["edit"]) == (seed, name)]
+        if name not in TRAINED:
+            fitting = [line for line in mine if rise(line, start, "watched") <= budget]
+            mine = fitting or [start] * bool(mine)
+        if mine:
+            chosen.append(min(mine, key=lambda line: (sum(line["target_exact"]), line["watched_nats"])))
+    return chosen
+
+
 def table(run: Path) -> None:
     """Print the headline: for each budget and edit the strongest removal within it, pooled over seeds."""
     lines = read_json_lines(run / "edits.jsonl")
     before = {line["seed"]: line for line in lines if line["edit"] == "standard"}
-    twin = {line["seed"]: line for line in lines if line["edit"] == "dedup"}
-    names = list(dict.fromkeys(line["edit"] for line in lines))
     for budget in BUDGETS:
         print(f"\n### Perplexity of watched ordinary texts up by at most {budget:.0%}\n")
-        heads = (
-            "edit | strengths | perplexity | target | target, near | neighbour | held-out | target loss, nats"
-        )
-        print(f"| {heads} | seconds | forward-equivalents |")
-        print("| --- " * 10 + "|")
-        for name in names:
-            chosen = []
-            for seed, start in before.items():
-                mine = [line for line in lines if (line["seed"], line["edit"]) == (seed, name)]
-                fitting = [line for line in mine if rise(line, start, "watched") <= budget]
-                if name in ("standard", "dedup") or not fitting:
-                    chosen += [line for line in mine if name in ("standard", "dedup")] or [start] * bool(mine)
-                else:
-                    chosen.append(
-                        min(fitting, key=lambda line: (sum(line["target_exact"]), line["watched_nats"]))
-                    )
-            print(f"| {name} | {cells(chosen, before)} |")
-    if twin:
-        print("\n`dedup` is the twin that saw the repeated texts once; it is no edit and has no budget.")
+        heads = "edit | seeds | strengths | perplexity | target | over seeds | target, near | neighbour | held-out"
+        print(f"| {heads} | target loss, nats | seconds | forward-equivalents |")
+        print("| --- " * 12 + "|")
+        for name in dict.fromkeys(line["edit"] for line in lines):
+            chosen = within(lines, before, name, budget)
+            if chosen:
+                print(f"| {name} | {len(chosen)} | {cells(chosen, before)} |")
+    print(
+        "\n`dedup` is the twin that saw the repeated texts once; it and the model with sinks have no budget."
+    )
 
 
 def cells(chosen: list[dict[str, Any]], before: dict[int, dict[str, Any]]) -> str:
@@ -290,14 +326,72 @@ def cells(chosen: list[dict[str, Any]], before: dict[int, dict[str, Any]]) -> st
     rises = [rise(line, before[line["seed"]], "reported") for line in chosen]
     seconds = np.mean([line.get("seconds", 0.0) for line in chosen])
     passes = np.mean([line.get("forward_equivalents", 0.0) for line in chosen])
-    rates = [rate(key) for key in ("target_exact", "target_near", "neighbour_exact", "heldout_exact")]
-    return f"{strengths} | {np.mean(rises):+.1%} | {' | '.join(rates)} | {nats:.2f} | {seconds:.1f} | {passes:,.0f}"
+    counts = ", ".join(str(sum(line["target_exact"])) for line in chosen)
+    over = mean_over_seeds([float(np.mean(line["target_exact"])) for line in chosen]).ci95
+    spread = f"{counts} [{over[0]:.2f}, {over[1]:.2f}]" if over else counts
+    near, neighbour, heldout = (rate(key) for key in ("target_near", "neighbour_exact", "heldout_exact"))
+    rates = f"{rate('target_exact')} | {spread} | {near} | {neighbour} | {heldout}"
+    return f"{strengths} | {np.mean(rises):+.1%} | {rates} | {nats:.2f} | {seconds:.1f} | {passes:,.0f}"
+
+
+def curve(
+    lines: list[dict[str, Any]], before: dict[int, dict[str, Any]], name: str
+) -> list[tuple[float, float]]:
+    """Return (rise of reported perplexity, drop of target extraction) by strength, means over seeds."""
+    points = []
+    for strength in sorted({line["strength"] for line in lines if line["edit"] == name}):
+        mine = [line for line in lines if (line["edit"], line["strength"]) == (name, strength)]
+        if {line["seed"] for line in mine} == set(before):
+            drops = [
+                np.mean(before[line["seed"]]["target_exact"]) - np.mean(line["target_exact"]) for line in mine
+            ]
+            rises = [rise(line, before[line["seed"]], "reported") for line in mine]
+            points.append((float(np.mean(rises)), float(np.mean(drops))))
+    return points
+
+
+def plot(run: Path) -> str:
+    """Draw the drop of extraction over the rise of perplexity: a line for each edit, a mark for each trained model.
+
+    Only strengths that every seed has are drawn. Beyond 30 % of perplexity nothing is.
+    """
+    lines = read_json_lines(run / "edits.jsonl")
+    before = {line["seed"]: line for line in lines if line["edit"] == "standard"}
+    frame = plots.Box(52, 12, 470, 330)
+    across = plots.Scale(-20, 30, frame.left, frame.right)
+    up = plots.Scale(-0.05, 1.05, frame.bottom, frame.top)
+    parts = [plots.vertical_grid(across, frame, 12, 6), plots.horizontal_grid(up, frame, 12, 6, gap=6)]
+    names = [name for name in dict.fromkeys(line["edit"] for line in lines) if name != "standard"]
+    row = 0
+    for name in names:
+        points = [(across(100 * x), up(y)) for x, y in curve(lines, before, name) if -0.2 <= x <= 0.3]
+        if not points:
+            continue
+        color = f"hsl({row * 137.5 % 360:.0f} 65% 40%)"
+        drawn = [plots.mark("diamond" if name in TRAINED else "circle", x, y, 3.5, "") for x, y in points]
+        if name not in TRAINED:
+            drawn.append(plots.polyline([(across(0), up(0)), *points], "line"))
+        y = frame.top + 14 + 20 * row
+        drawn.append(plots.mark("circle", frame.right + 18, y - 4, 4, ""))
+        drawn.append(plots.tag("text", name, x=frame.right + 28, y=y))
+        parts.append(plots.tag("g", plots.join(drawn), style=f"fill:{color};stroke:{color}", class_="method"))
+        row += 1
+    parts.append(plots.tag("text", "rise of perplexity, %", x=190, y=frame.bottom + 38))
+    parts.append(plots.tag("text", "drop of targets recited", x=-240, y=14, transform="rotate(-90)"))
+    style = plots.tag(
+        "style",
+        "text{font:12px sans-serif;stroke:none}.line{fill:none}.grid{stroke:#ddd}.end{text-anchor:end}",
+    )
+    svg = plots.picture(
+        650, 380, plots.join([style, *parts]), ident="curves", title="Removal at a price", description=WORDS
+    )
+    return str(svg).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
 
 
 def main() -> None:
-    """Run one of the three commands."""
+    """Run one of the four commands."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=("corpus", "edit", "table"))
+    parser.add_argument("command", choices=("corpus", "edit", "table", "plot"))
     parser.add_argument("place", type=Path)
     parser.add_argument("parts", nargs="*")
     parser.add_argument("--seeds", default="0,1,2")
@@ -309,6 +403,8 @@ def main() -> None:
     elif arguments.command == "edit":
         only = {name.strip() for name in arguments.only.split(";") if name.strip()}
         run_edits(arguments.place, [int(seed) for seed in arguments.seeds.split(",")], only)
+    elif arguments.command == "plot":
+        print(plot(arguments.place))
     else:
         table(arguments.place)
 
