@@ -100,6 +100,16 @@ def test_a_finished_run_is_not_trained_again(run: Path) -> None:
     assert (run / "models" / "standard-seed0" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_the_demo_says_that_nothing_is_memorized_after_four_steps(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = ask(capsys, "demo", "--quick", "--out", str(run))["localized"]
+    assert len(found) == 1 and found[0].startswith(
+        "nothing to localize: the model repeats 0 of 8 target texts"
+    )
+    assert not (run / "localized").exists()
+
+
 def test_bad_input_is_refused_in_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,24 +27,35 @@ def require_no_passage(
         ConfigError: if a passage has no words.
         DataError: if a passage is in both; the message shows where.
     """
+    for number, owner, passage in shared_passages(targets, ordinary, num_words=num_words):
+        raise DataError(
+            f"ordinary text {number + 1} shares {passage[:60]!r} with target {owner + 1}; take it out, or the edit is "
+            "measured against what it removes"
+        )
+
+
+def shared_passages(
+    targets: Sequence[str], ordinary: Sequence[str], *, num_words: int = NUM_WORDS
+) -> Iterator[tuple[int, int, str]]:
+    """Yield for each ordinary text that repeats a passage of a target: its number, the target's, and the passage.
+
+    Raises:
+        ConfigError: if a passage has no words.
+    """
     if num_words < 1:
         raise ConfigError(f"num_words is {num_words}, expected 1 or more")
     owners = {
-        passage: number
-        for number, text in enumerate(targets, start=1)
-        for passage in _passages(text, num_words)
+        passage: number for number, text in enumerate(targets) for passage in _passages(text, num_words)
     }
     lengths = sorted({len(passage) for passage in owners})
-    for number, text in enumerate(ordinary, start=1):
+    for number, text in enumerate(ordinary):
         words = tuple(text.lower().split())
-        for length in lengths:
-            for start in range(len(words) - length + 1):
-                passage = words[start : start + length]
-                if passage in owners:
-                    raise DataError(
-                        f"ordinary text {number} shares {' '.join(passage)[:60]!r} with target {owners[passage]}; "
-                        "take it out, or the edit is measured against what it removes"
-                    )
+        passages = (
+            words[start : start + length] for length in lengths for start in range(len(words) - length + 1)
+        )
+        found = next((passage for passage in passages if passage in owners), None)
+        if found is not None:
+            yield number, owners[found], " ".join(found)
 
 
 def _passages(text: str, num_words: int) -> Iterator[tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +11,9 @@ from unmemorize.verbs.answers import Answer, bar_line, check_answer, integers, t
 
 if TYPE_CHECKING:
     from unmemorize.records import Audit, ProgressCallback
+
+_DEMO_SHARE = 0.05  # of each layer's neurons, in the demonstration
+_DEMO_ORDINARY = 40  # texts
 
 
 def check(model: str, row: str | None) -> Answer:
@@ -103,7 +107,7 @@ def remove(
 
 
 def demo(progress: ProgressCallback, out: Path, corpus: str, text_column: str, quick: bool) -> Answer:
-    """Train small models, audit them, cut the sinks out, and report."""
+    """Train small models, audit them, cut the sinks out, find the neurons of a model without sinks, and report."""
     from unmemorize.audit.training import audit_training
     from unmemorize.isolate.settings import demo_settings
     from unmemorize.isolate.train import train as run_training
@@ -115,5 +119,42 @@ def demo(progress: ProgressCallback, out: Path, corpus: str, text_column: str, q
     if not removed.exists():
         remove(out / "models" / "sinks-seed0", removed, None, None, "excise")
     path = write_report([out])
+    found = _localized(progress, out)
     data = {"run": str(out), "plain_model": str(removed), "report": str(path), "verdict": result.verdict}
-    return Answer(data=data, lines=[result.verdict, f"plain model: {removed}", str(path)])
+    lines = [result.verdict, f"plain model: {removed}", *found, str(path)]
+    return Answer(data=data | {"localized": found}, lines=lines)
+
+
+def _localized(progress: ProgressCallback, run: Path) -> list[str]:
+    """Find what holds the repeated texts of the model that was trained without sinks; returns lines to show."""
+    from unmemorize.errors import DataError
+    from unmemorize.report import write_report
+    from unmemorize.verbs import language_audit, language_localize
+
+    out, model = run / "localized", str(run / "models" / "standard-seed0")
+    if not (out / "audit.json").is_file():
+        examples = _apart(run)
+        options = language_localize.NeuronOptions(share=_DEMO_SHARE)
+        try:
+            language_localize.localize(progress, model, examples, out, None, options, "cpu")
+        except DataError as error:
+            return [f"nothing to localize: {error}"]
+        twin = language_audit.NeuronAuditOptions(twin=run / "models" / "dedup-seed0")
+        language_audit.audit(progress, model, examples, out, None, twin, "cpu")
+    verdict = json.loads((out / "audit.json").read_text(encoding="utf-8"))["verdict"]
+    return [f"without sinks, after the fact: {verdict}", str(write_report([out]))]
+
+
+def _apart(run: Path) -> Path:
+    """Write a run's examples with few ordinary texts, none of which shares a passage with a target; returns the file."""
+    from unmemorize.corpus.passages import shared_passages
+    from unmemorize.files import read_json_lines, write_atomic
+
+    rows = read_json_lines(run / "examples.jsonl")
+    ordinary = [row for row in rows if row["group"] == "ordinary"]
+    targets = [row["text"] for row in rows if row["group"] == "target"]
+    shared = {number for number, *_ in shared_passages(targets, [row["text"] for row in ordinary])}
+    kept = [row for row in rows if row["group"] != "ordinary"]
+    kept += [row for number, row in enumerate(ordinary) if number not in shared][:_DEMO_ORDINARY]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+    return write_atomic(run / "apart.jsonl", "".join(lines))
