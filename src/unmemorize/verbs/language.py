@@ -146,7 +146,7 @@ def _localized(progress: ProgressCallback, run: Path) -> list[str]:
 
 
 def _apart(run: Path) -> Path:
-    """Write a run's examples with few ordinary texts, none of which shares a passage with a target; returns the file."""
+    """Write a run's examples with few ordinary texts that share no passage with a target; returns the file."""
     from unmemorize.corpus.passages import shared_passages
     from unmemorize.files import read_json_lines, write_atomic
 
