@@ -6,10 +6,10 @@
 From each testbed's general model, which has never seen them, eight of the pictures to memorize are trained on 500 times
 each among 1,000 general pictures that are seen once. A picture is a copy if its mean squared error to the training
 picture is at most 0.01, as in the testbeds; pictures are made without guidance, 20 DDIM steps, four seeds. Losses are
-of targets and of general pictures that were kept back, by quarters of the noise levels, least noise first. Beside the
-states of sinks stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit. What is
-meant to be shipped is attacked by an optimized text embedding. `sinks.jsonl` gets one line a state; what is there is
-not made again.
+of targets and of general pictures kept back from this training, by quarters of the noise levels, least noise first.
+Beside the states of sinks stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit.
+What is meant to be shipped is attacked by an optimized text embedding. `sinks.jsonl` gets one line a state; what is
+there is not made again.
 """
 
 from __future__ import annotations

@@ -358,13 +358,13 @@ def plot(run: Path) -> str:
     lines = read_json_lines(run / "edits.jsonl")
     before = {line["seed"]: line for line in lines if line["edit"] == "standard"}
     frame = plots.Box(52, 12, 470, 330)
-    across = plots.Scale(-20, 30, frame.left, frame.right)
+    across = plots.Scale(-25, 30, frame.left, frame.right)
     up = plots.Scale(-0.05, 1.05, frame.bottom, frame.top)
     parts = [plots.vertical_grid(across, frame, 12, 6), plots.horizontal_grid(up, frame, 12, 6, gap=6)]
     names = [name for name in dict.fromkeys(line["edit"] for line in lines) if name != "standard"]
     row = 0
     for name in names:
-        points = [(across(100 * x), up(y)) for x, y in curve(lines, before, name) if -0.2 <= x <= 0.3]
+        points = [(across(100 * x), up(y)) for x, y in curve(lines, before, name) if -0.25 <= x <= 0.3]
         if not points:
             continue
         color = f"hsl({row * 137.5 % 360:.0f} 65% 40%)"
