@@ -92,7 +92,8 @@ def test_refusals_of_localize(folder: Path, capsys: pytest.CaptureFixture[str], 
     assert "names no text of group target" in refused([(strange[0], "neighbour")])
     (tmp_path / "ordinary.txt").write_text(f"And {strange[0]} again\n")
     message = refused([(strange[0], "target")], "--ordinary", str(tmp_path / "ordinary.txt"))
-    assert "ordinary text 1 shares " in message and "with target 1; take it out" in message
+    assert "1 of 1 ordinary texts share a passage with a target (numbers 1; 1 shares " in message
+    assert "with target 1); take them out" in message
     one = [(strange[0], "target")]
     assert "unknown method 'magic' for a language model; expected one or more of" in refused(
         one, "--method", "magic"

@@ -27,10 +27,14 @@ def require_no_passage(
         ConfigError: if a passage has no words.
         DataError: if a passage is in both; the message shows where.
     """
-    for number, owner, passage in shared_passages(targets, ordinary, num_words=num_words):
+    found = list(shared_passages(targets, ordinary, num_words=num_words))
+    if found:
+        number, owner, passage = found[0]
+        which = ", ".join(str(number + 1) for number, *_ in found[:10]) + (" ..." if len(found) > 10 else "")
         raise DataError(
-            f"ordinary text {number + 1} shares {passage[:60]!r} with target {owner + 1}; take it out, or the edit is "
-            "measured against what it removes"
+            f"{len(found)} of {len(ordinary)} ordinary texts share a passage with a target (numbers {which}; "
+            f"{number + 1} shares {passage[:60]!r} with target {owner + 1}); take them out, or the edit is measured "
+            "against what it removes"
         )
 
 
