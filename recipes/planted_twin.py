@@ -20,7 +20,6 @@ import argparse
 import gzip
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -39,6 +38,7 @@ from unmemorize.isolate.language import sink_state
 from unmemorize.isolate.plan import load_plan
 from unmemorize.isolate.runs import model_folder, read_run
 from unmemorize.localize.language import localize
+from unmemorize.localize.neuron_scores import ScoringCost
 from unmemorize.localize.recital import BreakSettings, smallest_set
 from unmemorize.models.language import find_mlps, load, signature
 from unmemorize.neurons import NeuronSet
@@ -115,10 +115,12 @@ def read_material(run: Path) -> Material:
     )
 
 
-def neuron_sets(model: Any, material: Material) -> Iterator[tuple[str, Callable[[], tuple[Any, float]]]]:
+def neuron_sets(
+    model: Any, material: Material
+) -> Iterator[tuple[str, Callable[[], tuple[Any, ScoringCost]]]]:
     """Yield (name, how to score): controls first, then localizers.
 
-    Scoring gives share -> neurons, and the seconds that it took.
+    Scoring gives share -> neurons, and what it took.
     """
     mlps, model_id = find_mlps(model), signature(model)
     generator = torch.Generator().manual_seed(0)
@@ -132,13 +134,12 @@ def neuron_sets(model: Any, material: Material) -> Iterator[tuple[str, Callable[
         return NeuronSet(model_id, chosen)
 
     for name, by_site in controls.items():
-        yield name, partial(lambda by_site: (partial(top, by_site), 0.0), by_site)
+        yield name, partial(lambda by_site: (partial(top, by_site), ScoringCost()), by_site)
     examples = cut_examples(material.groups["target"], PREFIX_TOKENS, SUFFIX_TOKENS)
 
-    def scored(name: str) -> tuple[Any, float]:
-        started_s = time.monotonic()
+    def scored(name: str) -> tuple[Any, ScoringCost]:
         scores = localize(model, examples, name)
-        return scores.top, time.monotonic() - started_s
+        return scores.top, scores.cost
 
     for name in LOCALIZERS:
         yield name, partial(scored, name)
@@ -169,10 +170,11 @@ def edits(model: Any, material: Material) -> Iterator[tuple[str, float, Callable
     """Yield (name, strength, how to make the edit) for everything that is compared; strength only orders points."""
     targets, retain = material.groups["target"], material.retain
 
-    def folded(score: Callable[[], tuple[Any, float]], share: float) -> Edit:
-        top, took_s = score()
+    def folded(score: Callable[[], tuple[Any, ScoringCost]], share: float) -> Edit:
+        top, cost = score()
         made = edit(model, [], [], "fold", FoldSettings(neurons=top(share)))
-        made.cost.seconds += took_s
+        made.cost.seconds += cost.seconds
+        made.cost.forward_equivalents += cost.forward_equivalents
         return made
 
     def curved(collect: Callable[[], Any], settings: CurvatureSettings) -> Edit:
