@@ -78,17 +78,23 @@ def test_a_killed_process_continues_bit_for_bit(tmp_path: Path, expected: dict[s
     code = (
         "import sys; from pathlib import Path; import torch; torch.set_num_threads(1);"
         "from tests.cells.test_resume import job; from unmemorize.isolate.loop import train_method;"
-        "train_method(job(Path(sys.argv[1])), progress=lambda p: print(p.done, flush=True))"
+        "train_method(job(Path(sys.argv[1])), progress=lambda p: (print(p.done, flush=True), sys.stdin.readline()))"
     )
-    last, reached = random.SystemRandom().randint(1, 9), 0
+    last, reached = random.SystemRandom().randint(2, 8), 0  # the first checkpoint follows step 1
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout is not None and process.stdin is not None
         for line in process.stdout:
             reached = int(line)
+            process.stdin.write(
+                "\n"
+            )  # it may go on to its next step, and waits there, however late the signal comes
+            process.stdin.flush()
             if reached == last:
                 process.send_signal(signal.SIGKILL)
+                break
         process.wait()
     assert process.returncode == -signal.SIGKILL, f"ended by itself at step {reached}"
     assert not (tmp_path / "training.json").exists()
