@@ -243,7 +243,14 @@ def test_a_pipeline_generates_in_a_state() -> None:
     everything = [plain, *found.values()]
     assert all(not torch.allclose(a, b) for i, a in enumerate(everything) for b in everything[:i])
     assert torch.equal(pictures(), plain)
+    with sink_state(pipe, plan, "own", ids=torch.tensor([5, 5])):
+        both = pictures()
     with sink_state(pipe, plan, "own", ids=torch.tensor([5])):
+        assert torch.equal(pictures(), both), "a single id is that of every picture"
+    with sink_state(pipe, plan, "own", ids=torch.tensor([5, 6, 7])):
+        with pytest.raises(ShapeMismatch, match="3 sink ids do not fit 4 rows; pass one id a picture"):
+            pictures()
+    with sink_state(pipe, plan, "own", ids=torch.tensor([5]), unconditional="off"):
         with pytest.raises(ShapeMismatch, match="1 sink ids do not fit 4 rows; pass one id a picture"):
             pictures()
     with training_sinks(pipe, plan):
