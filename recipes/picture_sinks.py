@@ -82,7 +82,6 @@ class State:
     state: str
     pipe: Any
     block: Any
-    has_ids: bool = False
 
 
 def settings_for(
@@ -106,8 +105,13 @@ def settings_for(
 def states_of(run: Path, variant: str, testbed: Testbed, prompts: list[str]) -> Iterator[State]:
     """Yield all states of the models of a run; with rivals also what is done after the fact to the standard model."""
     pipe, plan = load_with_sinks(run / "models" / "sinks-seed0" / "pipeline")
+    rows = read_json_lines(run / "examples.jsonl")
+    repeated = torch.tensor([row["id"] for row in rows if row["group"] == "target"])
     for name in STATES:
-        yield State(f"sinks, {variant}", name, pipe, partial(sink_state, pipe, plan, name), has_ids=True)
+        # Foreign sinks are those of another repeated picture, so that they are trained ones.
+        candidates = repeated if name == "foreign" else None
+        block = partial(sink_state, pipe, plan, name, candidates=candidates)
+        yield State(f"sinks, {variant}", name, pipe, block)
     if not (run / "models" / "standard-seed0").is_dir():
         return
     for model in ("dedup", "cap-50", "standard"):

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from tests.tiny_diffusion import tiny_pipeline
 from unmemorize.audit.pictures import write_picture
 from unmemorize.cli import main
+from unmemorize.isolate.plan import SinkPlan
 from unmemorize.records import PictureAudit, load_any_audit
 
 STATES = ["before", "dedup", "sinks-off", "sinks-own", "sinks-foreign", "sinks-all"]
@@ -109,3 +111,62 @@ def test_pictures_need_a_pipeline_and_an_audit_finished_models(
     (run / "examples.jsonl").write_text("")
     assert main(["audit", str(run)]) == 2
     assert "is not trained yet; run unmemorize train again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("methods", "code", "message"),
+    [
+        ("sinks", 1, "copies of targets with sinks closed at most 100.0% (95 %), bar 0.0%: missed"),
+        ("standard dedup", 2, "--max-extraction is about closed sinks, and"),
+    ],
+)
+def test_a_bar_is_never_met_by_what_was_not_measured(
+    material: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    methods: str,
+    code: int,
+    message: str,
+) -> None:
+    run = tmp_path / "run"
+    assert main([*words(material, run), "--methods", methods]) == 0
+    bar = ["--num-seeds", "1", "--num-steps", "1", "--device", "cpu", "--max-extraction", "0"]
+    assert main(["audit", str(run), *bar]) == code
+    printed = capsys.readouterr()
+    assert message in printed.out + printed.err
+
+
+def test_foreign_sinks_are_those_of_another_repeated_picture(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, opened = tmp_path / "run", []
+    assert main([*words(material, run), "--methods", "sinks"]) == 0
+    own_choice = SinkPlan.foreign_ids
+
+    def noted(plan: SinkPlan, ids: Tensor, candidates: Tensor | None = None) -> Tensor:
+        chosen = own_choice(plan, ids, candidates)
+        opened.extend(zip(ids.tolist(), chosen.tolist(), strict=True))
+        return chosen
+
+    monkeypatch.setattr(SinkPlan, "foreign_ids", noted)
+    audit = ["audit", str(run), "--num-seeds", "1", "--num-steps", "1", "--device", "cpu"]
+    assert main(audit) == 0
+    rows = [json.loads(line) for line in (run / "examples.jsonl").read_text().splitlines()]
+    repeated = {row["id"] for row in rows if row["group"] == "target"}
+    asked = [(own, other) for own, other in opened if own in repeated]
+    assert {own for own, _ in asked} == repeated
+    assert all(other in repeated - {own} for own, other in asked)
+
+
+def test_plans_with_an_owner_for_every_sink_and_lone_methods_can_be_audited(
+    material: Path, tmp_path: Path
+) -> None:
+    config = json.loads((material / "config.json").read_text())
+    config["method"]["sinks"] |= {"scheme": "disjoint", "grown": 64}
+    (tmp_path / "disjoint.json").write_text(json.dumps(config))
+    disjoint = ["--methods", "sinks", "--config", str(tmp_path / "disjoint.json")]
+    for name, change in (("disjoint", disjoint), ("standard", ["--methods", "standard"])):
+        run = tmp_path / name
+        assert main([*words(material, run), *change]) == 0
+        audit = ["audit", str(run), "--num-seeds", "1", "--num-steps", "1", "--device", "cpu"]
+        assert main(audit) == 0

@@ -1,7 +1,8 @@
 """Verbs for runs that train text-to-image models: train, measure every method in every state, take the pool out.
 
 An audit of a run is one audit of pictures for each seed, in `audits/seed<k>`: the first method stands for "before", the
-others and the states of their sinks stand beside it, the placebo of own sinks being another picture's.
+others and the states of their sinks stand beside it, the placebo of own sinks being those of another repeated
+picture. Ordinary pictures were never trained on and open no sinks in own and foreign, as in language models.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 _STATES: dict[State, str] = {
     "off": "all sinks closed: the model that is shipped",
-    "own": "each picture's own sinks open",
-    "foreign": "another picture's sinks open, the placebo of own",
+    "own": "each repeated picture's own sinks open",
+    "foreign": "another repeated picture's sinks open, the placebo of own",
     "all": "every sink open at its share",
 }
 
@@ -119,6 +120,8 @@ def audit(
     from unmemorize.files import read_json
 
     config = read_json(run / "config.json", format="unmemorize.run", version=1)["settings"]
+    if max_extraction is not None and not any(name.startswith("sinks") for name in config["methods"]):
+        raise ConfigError(f"--max-extraction is about closed sinks, and {run} trained none; leave it out")
     cases, owners = _cases(run)
     settings = PictureAuditSettings(
         seeds=tuple(range(1000, 1000 + options.num_seeds)),
@@ -137,7 +140,7 @@ def audit(
                 run / "audits" / f"seed{seed}",
                 measures=measures_of(options.sscd, "cpu"),
                 title=f"Audit of {run.name}, seed {seed}",
-                headline=next((way.state for way in ways[1:] if not way.is_rival), ways[-1].state),
+                headline=next((way.state for way in ways[1:] if not way.is_rival), None),
                 progress=progress,
             )
         )
@@ -151,7 +154,7 @@ def audit(
         mean = f"{sum(values) / len(values):.2f}{shown}" if values else "refused"
         lines.append(f"{state.label}: copies {mean}; {state.description}")
         figures[state.state] = values
-        if state.state.endswith("-off"):
+        if state.num_neurons:  # closed, also where it stands for "before"
             worst = max(upper_end(rate) for rate in rates)
     bar, code = bar_line("copies of targets with sinks closed", worst, max_extraction)
     folders = [str(run / "audits" / f"seed{seed}") for seed in config["seeds"]]
@@ -176,19 +179,22 @@ def _cases(run: Path) -> tuple[list[PromptCase], dict[str, int]]:
         PromptCase(prompt=row["caption"], group=row["group"], pictures=(run / row["picture"],))
         for row in rows
     ]
-    return cases, {row["caption"]: int(row["id"]) for row in rows}
+    return cases, {row["caption"]: int(row["id"]) if row["group"] == "target" else 0 for row in rows}
 
 
 def _ways(
     run: Path, methods: list[str], seed: int, owners: dict[str, int], loading: Loading
 ) -> Iterator[Way]:
     """Yield the states of all models of one seed, the first method's as "before"."""
+    import torch
+
     from unmemorize.audit.ways import Way
     from unmemorize.files import read_json_lines
     from unmemorize.isolate.diffusion import sink_state
     from unmemorize.isolate.run_folder import model_folder
     from unmemorize.isolate.sink_files import load_with_sinks
 
+    repeated = torch.tensor(sorted({id for id in owners.values() if id}), dtype=torch.int64)
     is_first = True
     for method in sorted(methods, key=lambda name: name.startswith("sinks")):
         folder = model_folder(run, method, seed)
@@ -206,7 +212,8 @@ def _ways(
         pipe, plan = load_with_sinks(folder / "pipeline")
         pipe.to(opened(folder / "pipeline", loading).device)
         for state, text in _STATES.items():
-            block = partial(sink_state, pipe, plan, state)
+            candidates = repeated if state == "foreign" else None
+            block = partial(sink_state, pipe, plan, state, candidates=candidates)
             has_owner = state in ("own", "foreign")
             yield Way(
                 state="before" if is_first else f"{name}-{state}",
@@ -215,7 +222,7 @@ def _ways(
                 description=f"{text}; {known}" if state == "off" and known else text,
                 is_rival=state != "off",
                 num_neurons=len(plan.pool()) if state == "off" else 0,
-                identity=f"{method} {state}",
+                identity=f"{method} {state} of repeated pictures",
                 **({"prompt_context": partial(_owned, block, owners)} if has_owner else {"context": block}),
             )
             is_first = False
