@@ -137,6 +137,21 @@ def test_remove_writes_a_plain_pipeline(
     assert (manifest["way"], manifest["model"], manifest["result"]) == (way, before, after)
 
 
+def test_an_edit_without_neurons_changes_the_searched_layers(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--way",
+        "edit",
+        "--examples",
+        str(folder / "prompts.csv"),
+        "--ordinary",
+        str(folder / "ordinary.txt"),
+    ]
+    ask(capsys, "remove", str(folder / "pipe"), "--out", str(folder / "layers"), *words)
+    assert fingerprint(load(folder / "layers")) != fingerprint(load(folder / "pipe"))
+
+
 def test_refusals_of_audit_and_remove(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe, prompts = str(folder / "pipe"), str(folder / "prompts.csv")
     assert "give --examples FILE (prompts) and --out RUN" in refusal(capsys, "audit", pipe)
@@ -146,9 +161,7 @@ def test_refusals_of_audit_and_remove(folder: Path, run: Path, capsys: pytest.Ca
     assert "unknown rival 'magic'; expected placebo" in refusal(capsys, *start, "--rivals", "magic")
     message = refusal(capsys, *start, "--sscd", "model.pt")
     assert "the name of model.pt tells no SSCD variant" in message
-    assert "give --neurons FILE and --way fold or edit" in refusal(
-        capsys, "remove", pipe, "--out", str(folder / "x")
-    )
+    assert "give --neurons FILE, or --way edit" in refusal(capsys, "remove", pipe, "--out", str(folder / "x"))
     tiny_pipeline("sd1", seed=1).save_pretrained(folder / "other")
     named = ["--neurons", str(run / "neurons.json"), "--out", str(folder / "x")]
     assert "use the model it was made for" in refusal(capsys, "remove", str(folder / "other"), *named)

@@ -189,3 +189,17 @@ def test_edits_stay_within_a_budget(folder: Path, capsys: pytest.CaptureFixture[
     assert answer["logit_difference"] < 1e-4 and answer["perplexity_rise_frac"] <= 1
     assert fingerprint(undone(tmp_path / "plain")) == fingerprint(load(folder / "model"))
     assert json.loads((tmp_path / "plain" / "unmemorize.json").read_text())["method"] == "curvature"
+
+
+@pytest.mark.parametrize("way", ["subnet", "output-vectors", "npo"])
+def test_an_edit_leaves_a_plain_folder_and_nothing_of_what_it_removed(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, way: str
+) -> None:
+    words = ["remove", str(folder / "model"), "--way", way, "--examples", str(folder / "examples.jsonl")]
+    words += ["--ordinary", str(folder / "ordinary.txt"), "--budget", "1", "--out", str(tmp_path / "plain")]
+    answer = ask(capsys, *words, "--prefix", "8")
+    assert answer["undo"] is None and answer["logit_difference"] < 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+    manifest = json.loads((tmp_path / "plain" / "unmemorize.json").read_text())
+    assert manifest["method"] == way and "undo" not in manifest
+    assert fingerprint(load(tmp_path / "plain")) != fingerprint(load(folder / "model"))

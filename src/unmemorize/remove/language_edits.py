@@ -159,31 +159,31 @@ def export_edit(
     *,
     manifest: Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    keeps_undo: bool = True,
 ) -> Path:
     """Write an edited model as a plain folder, and its undo file beside it: `NAME` and `NAME.undo.safetensors`.
 
-    The undo file holds what was removed. Keep it, or delete it; the folder works without.
+    The undo file holds what was removed, so whoever has it has the memory too; the folder works without.
 
     Args:
         edited: from `edit`.
         folder: destination; must not exist, or be empty.
         manifest: further entries of `unmemorize.json`, such as a digest of the examples.
         tokenizer: stored beside the weights if given.
+        keeps_undo: whether there is an undo file; without it nothing of what was removed is ever written.
 
     Raises:
         RunFolderError: if the destination or the undo file exists, or cannot be written.
     """
+    entries = {**edited.manifest(), **(manifest or {})}
+    if not keeps_undo:
+        return export(edited.model, folder, manifest=entries, tokenizer=tokenizer)
     undo = undo_path(folder)
     if undo.exists():
         raise RunFolderError(f"{undo} already exists; choose a new folder, or move the undo file away")
     write_undo(undo, edited.undo, original=edited.original, result=fingerprint(edited.model))
     try:
-        return export(
-            edited.model,
-            folder,
-            manifest={**edited.manifest(), **(manifest or {}), "undo": undo.name},
-            tokenizer=tokenizer,
-        )
+        return export(edited.model, folder, manifest={**entries, "undo": undo.name}, tokenizer=tokenizer)
     except BaseException:
         undo.unlink(missing_ok=True)
         raise

@@ -13,7 +13,7 @@ import typer
 
 from unmemorize.corpus import IdKind
 from unmemorize.errors import ConfigError
-from unmemorize.verbs.answers import Answer, Positions, Precision, file_with_options, integers
+from unmemorize.verbs.answers import Answer, Positions, Precision, TextEdit, file_with_options, integers
 from unmemorize.verbs.families import Family, family_of
 
 if TYPE_CHECKING:
@@ -347,20 +347,7 @@ def remove(
         str | None, typer.Option(help="Language model: ids whose sinks stay, separated by commas.")
     ] = None,
     way: Annotated[
-        Literal[
-            "excise",
-            "fold",
-            "edit",
-            "curvature",
-            "svd",
-            "subnet",
-            "output-vectors",
-            "gradient-ascent",
-            "gradient-difference",
-            "npo",
-            "simnpo",
-        ]
-        | None,
+        Literal["excise", "fold", "edit", TextEdit] | None,
         typer.Option(
             help="excise: narrower language model (its default); fold: zeros at equal width (default of pipelines); "
             "edit: pipelines, values quiet on the targets; rows of the neurons, or whole layers without --neurons; "
@@ -372,6 +359,7 @@ def remove(
         Path | None, typer.Option(help="For edits: ordinary prompts or texts, to be preserved.")
     ] = None,
     column: Annotated[str | None, typer.Option(help="For edit: column that holds the prompt.")] = None,
+    prefix: Annotated[int, typer.Option(help="For output-vectors: tokens of a text that are given.")] = 32,
     budget: Annotated[
         float, typer.Option(help="Edits of language models: most that ordinary perplexity may rise, 0 to 1.")
     ] = 0.1,
@@ -389,23 +377,35 @@ def remove(
     if family_of(model) == "diffusion":
         if neurons is None and way != "edit" and (Path(model) / "sinks.json").is_file():
             return picture_runs.remove_sinks(Path(model), out, keep, way or "excise")
-        if way not in (None, "fold", "edit") or neurons is None or keep is not None:
-            raise ConfigError(
-                "for a pipeline give --neurons FILE and --way fold or edit; --keep is for sinks"
-            )
+        is_usable = way == "edit" or (way in (None, "fold") and neurons is not None)
+        if not is_usable or keep is not None:
+            raise ConfigError("for a pipeline give --neurons FILE, or --way edit; --keep is for sinks")
         return diffusion.remove(
-            progress, model, out, neurons, way or "fold", keep_undo, examples, ordinary, column
+            progress,
+            model,
+            out,
+            neurons,
+            "edit" if way == "edit" else "fold",
+            keep_undo,
+            examples,
+            ordinary,
+            column,
         )
     if way == "edit":
         raise ConfigError("--way edit is for pipelines; for a language model use excise or fold")
-    if way not in (None, "excise", "fold"):
-        if neurons is not None or keep is not None:
-            raise ConfigError(f"--way {way} edits weights without neurons; leave out --neurons and --keep")
-        options = language_remove.EditOptions(
-            way=way, examples=examples, ordinary=ordinary, budget=budget, keep_undo=keep_undo
-        )
-        return language_remove.edit(progress, Path(model), out, options)
-    return language.remove(Path(model), out, neurons, keep, way or "excise")
+    if way is None or way == "excise" or way == "fold":
+        return language.remove(Path(model), out, neurons, keep, way or "excise")
+    if neurons is not None or keep is not None:
+        raise ConfigError(f"--way {way} edits weights without neurons; leave out --neurons and --keep")
+    options = language_remove.EditOptions(
+        way=way,
+        examples=examples,
+        ordinary=ordinary,
+        budget=budget,
+        keep_undo=keep_undo,
+        prefix=prefix,
+    )
+    return language_remove.edit(progress, Path(model), out, options)
 
 
 def ids(

@@ -13,6 +13,10 @@ T = TypeVar("T")
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Positions = Literal["all", "start", "words", "end", "padding", "tail"]
+TextEdit = Literal[
+    "curvature", "svd", "subnet", "output-vectors", "gradient-ascent", "gradient-difference", "npo", "simnpo"
+]
+"""Edits of a language model's weights that take no neurons."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmemorize.errors import ConfigError, RunFolderError
-from unmemorize.verbs.answers import Answer
+from unmemorize.verbs.answers import Answer, TextEdit
 from unmemorize.verbs.texts import Cut, load_model, read_ordinary, read_texts
 
 if TYPE_CHECKING:
@@ -17,16 +17,6 @@ if TYPE_CHECKING:
 
     from unmemorize.records import ProgressCallback
 
-EDITS = (
-    "curvature",
-    "svd",
-    "subnet",
-    "output-vectors",
-    "gradient-ascent",
-    "gradient-difference",
-    "npo",
-    "simnpo",
-)
 UNTARGETED = ("curvature", "svd")
 NUM_KEPT_BACK = 4
 """Every fourth ordinary text is kept from the edit and watches the budget."""
@@ -36,11 +26,12 @@ NUM_KEPT_BACK = 4
 class EditOptions:
     """Options of an edit; the verb says what they mean."""
 
-    way: str
+    way: TextEdit
     examples: Path | None
     ordinary: Path | None
     budget: float
     keep_undo: bool
+    prefix: int = 32
     length: int = 256
 
 
@@ -71,11 +62,11 @@ def edit(progress: ProgressCallback, model: Path, out: Path, options: EditOption
             "--way"
         )
     manifest = {"budget_frac": options.budget, "perplexity_rise_frac": rise, "num_targets": len(targets)}
-    export_edit(edited, out, manifest=manifest, tokenizer=tokenizer_beside(model))
+    export_edit(
+        edited, out, manifest=manifest, tokenizer=tokenizer_beside(model), keeps_undo=options.keep_undo
+    )
     difference = _proof(edited.model, out)
     undo = undo_path(out)
-    if not options.keep_undo:
-        undo.unlink()
     lines = [
         f"{options.way}: perplexity of ordinary texts {before:.2f} -> {after:.2f} ({rise:+.1%}, budget "
         f"{options.budget:.1%}); {edited.cost.seconds:.1f} s",
@@ -123,8 +114,10 @@ def _texts(model: Path, options: EditOptions) -> tuple[Any, Any, Any]:
 
 
 def _settings(options: EditOptions) -> Any:
-    from unmemorize.remove.settings import METHODS, UnlearningSettings
+    from unmemorize.remove.settings import METHODS, OutputVectorSettings, UnlearningSettings
 
+    if options.way == "output-vectors":
+        return OutputVectorSettings(prefix_tokens=options.prefix)
     if METHODS[options.way] is UnlearningSettings:
         return UnlearningSettings(learning_rate=1e-4, perplexity_budget_frac=options.budget)
     return None
