@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 
 from tests.cells.planted_texts import sentences, write_planted, write_rows
@@ -66,6 +67,32 @@ def test_sets_of_sequences_are_read(folder: Path, capsys: pytest.CaptureFixture[
     assert (answer["num_targets"], answer["num_memorized"]) == (2, 2)
     outliers = ("--method", "outliers", "--ordinary", str(folder / "ordinary.txt"))
     assert ask(capsys, *words(folder, "outliers", *outliers))["method"] == "outliers"
+
+
+def test_tables_arrays_and_run_folders_are_read_and_lengths_carried_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (folder / "run" / "examples.jsonl").read_text().splitlines()]
+    table = "".join(f"{row['text']},{row['group']}\n" for row in rows)
+    (folder / "table.csv").write_text(f"text,group\n{table}")
+    numpy.save(folder / "array.npy", numpy.array([row["tokens"][:16] for row in rows[:2]]))
+    for name, examples, count in (("csv", "table.csv", 6), ("npy", "array.npy", 2), ("again", "run", 6)):
+        answer = ask(capsys, *words(folder, name, "--length", "20", examples=examples))
+        assert (answer["num_targets"], answer["num_memorized"], answer["length_tokens"]) == (count, count, 20)
+    audit = [
+        "audit",
+        str(folder / "model"),
+        "--examples",
+        str(folder / "table.csv"),
+        "--out",
+        str(folder / "csv"),
+    ]
+    assert ask(capsys, *audit)["settings"]["length_tokens"] == 20
+    (folder / "broken").mkdir()
+    (folder / "broken" / "examples.jsonl").write_text('{"tokens": "abc"}\n')
+    message = refusal(capsys, *words(folder, "nothing", examples="broken"))
+    assert "row 1: tokens is not a list of token ids; expected integers of 0 or more" in message
+    assert not (folder / "nothing").exists()
 
 
 def test_refusals_of_localize(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -38,7 +38,10 @@ class Agreement(Record):
 
 
 class TextLocalization(Record):
-    """The whole of a language model's `localization.json`. The first method is the one whose set is `neurons.json`."""
+    """The whole of a language model's `localization.json`. The first method is the one whose set is `neurons.json`.
+
+    `length_tokens` is where longer texts were cut.
+    """
 
     format: Literal["unmemorize.text_localization"] = "unmemorize.text_localization"
     format_version: Literal[1] = 1
@@ -47,6 +50,7 @@ class TextLocalization(Record):
     share_frac: float
     prefix_tokens: int
     suffix_tokens: int
+    length_tokens: int
     num_targets: int
     num_memorized: int
     extraction_rate_frac: Measure

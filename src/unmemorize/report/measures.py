@@ -16,7 +16,9 @@ from typing import Literal
 
 from unmemorize.records import Measure
 
-Unit = Literal["loss", "difference", "percent", "points", "tokens", "similarity", "score", "distance"]
+Unit = Literal[
+    "loss", "difference", "percent", "points", "tokens", "similarity", "score", "distance", "perplexity"
+]
 MINUS = "\N{MINUS SIGN}"
 _FORMATS = {
     "loss": ".2f",
@@ -27,6 +29,7 @@ _FORMATS = {
     "similarity": ".2f",
     "score": ".3f",
     "distance": ".4g",
+    "perplexity": ".2f",
 }
 
 
@@ -50,9 +53,11 @@ class Cell:
 def number_text(value: float, unit: Unit) -> str:
     """Word a number: losses and similarities in 2 decimals, differences signed, fractions in per cent.
 
-    Tokens have 1 decimal, scores that are compared with a threshold 3, distances between sets of pictures 4 digits.
+    Tokens have 1 decimal, scores that are compared with a threshold 3, distances between sets of pictures 4 digits,
+    perplexities none from 100.
     """
-    text = f"{100 * value if unit in ('percent', 'points') else value:{_FORMATS[unit]}}"
+    style = ".0f" if unit == "perplexity" and abs(value) >= 100 else _FORMATS[unit]
+    text = f"{100 * value if unit in ('percent', 'points') else value:{style}}"
     if float(text) == 0:
         text = text.lstrip("-+")
     return text.replace("-", MINUS) + ("%" if unit == "percent" else "")

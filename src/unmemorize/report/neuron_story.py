@@ -135,7 +135,7 @@ def _figures(audit: NeuronAudit) -> tuple[Figure, ...]:
             "What should go, given the beginning of each text.",
         ),
         (_loss, "loss", "nats of loss on targets", "A text that is only hidden keeps a low loss."),
-        (_perplexity, "loss", "perplexity of ordinary text", "What should stay as it was."),
+        (_perplexity, "perplexity", "perplexity of ordinary text", "What should stay as it was."),
     )
     figures = []
     for read, unit, title, explanation in kinds:
@@ -188,7 +188,7 @@ def _states_table(audit: NeuronAudit, ident: str) -> Table:
                         _cell(test.near_verbatim_rate_frac if test else None, "percent"),
                         _cell(test.matched_prefix_tokens if test else None, "tokens"),
                         _cell(group.loss_nats, "loss"),
-                        _cell(state.ordinary_perplexity, "loss") if number == 0 else Cell(text=""),
+                        _cell(state.ordinary_perplexity, "perplexity") if number == 0 else Cell(text=""),
                     ),
                 )
             )
@@ -265,7 +265,7 @@ def _curve_table(audit: NeuronAudit, ident: str) -> Table | None:
                 Cell(text=f"{one.num_neurons:,}", value=one.num_neurons),
                 _cell(one.extraction_rate_frac, "percent"),
                 _cell(one.target_loss_nats, "loss"),
-                _cell(one.ordinary_perplexity, "loss"),
+                _cell(one.ordinary_perplexity, "perplexity"),
             ),
         )
         for number, one in enumerate(audit.curve)

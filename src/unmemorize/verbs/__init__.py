@@ -199,6 +199,7 @@ def localize(
     ] = 0.01,
     prefix: Annotated[int, typer.Option(help="Language model: tokens of a text that are given.")] = 32,
     suffix: Annotated[int, typer.Option(help="Language model: tokens that it is to repeat.")] = 32,
+    length: Annotated[int, typer.Option(help="Language model: tokens to which texts are cut.")] = 256,
     force: Annotated[
         bool, typer.Option("--force", help="Language model: go on if no target is memorized.")
     ] = False,
@@ -215,7 +216,7 @@ def localize(
             methods=method or "gradient",
             share=share,
             seed=seed,
-            cut=texts.Cut(prefix=prefix, suffix=suffix, length=max(256, prefix + suffix)),
+            cut=texts.Cut(prefix=prefix, suffix=suffix, length=max(length, prefix + suffix)),
             is_forced=force,
         )
         return language_localize.localize(progress, model, examples, out, ordinary, wanted, device, dtype)
@@ -250,7 +251,12 @@ def audit(
         float | None,
         typer.Option(help="Exit with 1 if more than this share of targets may still be reproduced, 0 to 1."),
     ] = None,
-    length: Annotated[int, typer.Option(help="For a language model: tokens to which texts are cut.")] = 256,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="For a language model: tokens to which texts are cut; by default 256, or as localized."
+        ),
+    ] = None,
     neurons: Annotated[
         Path | None, typer.Option(help="Neurons to switch off; by default those of the run folder.")
     ] = None,
@@ -310,7 +316,7 @@ def audit(
             return language_audit.audit(
                 progress, target, examples, out, max_extraction, compared, device, dtype
             )
-        return language.audit(progress, Path(target), examples, out, max_extraction, length)
+        return language.audit(progress, Path(target), examples, out, max_extraction, length or 256)
     if not is_run and (examples is None or out is None):
         raise ConfigError("to audit a pipeline give --examples FILE (prompts) and --out RUN")
     options = diffusion.PictureOptions(

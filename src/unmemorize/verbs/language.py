@@ -128,13 +128,16 @@ def demo(progress: ProgressCallback, out: Path, corpus: str, text_column: str, q
 def _localized(progress: ProgressCallback, run: Path) -> list[str]:
     """Find what holds the repeated texts of the model that was trained without sinks; returns lines to show."""
     from unmemorize.errors import DataError
+    from unmemorize.isolate.runs import read_run
     from unmemorize.report import write_report
-    from unmemorize.verbs import language_audit, language_localize
+    from unmemorize.verbs import language_audit, language_localize, texts
 
     out, model = run / "localized", str(run / "models" / "standard-seed0")
     if not (out / "audit.json").is_file():
         examples = _apart(run)
-        options = language_localize.NeuronOptions(share=_DEMO_SHARE)
+        # What a text holds beyond the training's rows was never seen, and would pass for forgotten.
+        cut = texts.Cut(length=read_run(run).settings.model.length_tokens)
+        options = language_localize.NeuronOptions(share=_DEMO_SHARE, cut=cut)
         try:
             language_localize.localize(progress, model, examples, out, None, options, "cpu")
         except DataError as error:

@@ -32,7 +32,7 @@ class NeuronAuditOptions:
     ordinary: Path | None = None
     prefix: int | None = None
     suffix: int | None = None
-    length: int = 256
+    length: int | None = None
     seed: int = 0
 
 
@@ -125,7 +125,8 @@ def _stored(out: Path) -> TextLocalization | None:
 def _cut(options: NeuronAuditOptions, stored: TextLocalization | None) -> Cut:
     prefix = options.prefix or (stored.prefix_tokens if stored else 32)
     suffix = options.suffix or (stored.suffix_tokens if stored else 32)
-    return Cut(prefix=prefix, suffix=suffix, length=max(options.length, prefix + suffix))
+    length = options.length or (stored.length_tokens if stored else 256)
+    return Cut(prefix=prefix, suffix=suffix, length=max(length, prefix + suffix))
 
 
 def _ways(

@@ -89,6 +89,7 @@ def localize(
         share_frac=options.share,
         prefix_tokens=cut.prefix,
         suffix_tokens=cut.suffix,
+        length_tokens=cut.length,
         num_targets=len(targets),
         num_memorized=sum(is_memorized),
         extraction_rate_frac=rate,
@@ -159,6 +160,7 @@ def _header(
         "seed": options.seed,
         "prefix_tokens": options.cut.prefix,
         "suffix_tokens": options.cut.suffix,
+        "length_tokens": options.cut.length,
     }
     return {"format": RUN_FORMAT, "format_version": RUN_VERSION, "settings": settings}
 

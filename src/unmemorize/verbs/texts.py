@@ -85,25 +85,28 @@ def read_texts(path: Path, tokenizer: PreTrainedTokenizerBase, model: str, cut: 
         rows = [{"tokens": one.tokens, "name": f"sequence {one.name}"} for one in found.examples]
     else:
         rows = [{"text": one.text, "group": one.group} for one in read_prompts(path)]
-    lacking = next(
-        (n for n, row in enumerate(rows, start=1) if not (row.get("tokens") or row.get("text"))), None
-    )
-    if lacking is not None:
-        raise DataError(f"{path} row {lacking} has neither text nor tokens; write one of them in every row")
+    for number, row in enumerate(rows, start=1):
+        _require_usable(row, f"{path} row {number}")
+    encoded = iter(encode_documents(tokenizer, [r["text"] for r in rows if not r.get("tokens")], cut.length))
     examples = tuple(
         Example(
             name=str(row.get("name", f"example {number}")),
             group=row.get("group", "target"),
-            tokens=(
-                tuple(row["tokens"][: cut.length])
-                if row.get("tokens")
-                else encode_documents(tokenizer, [row["text"]], cut.length)[0]
-            ),
+            tokens=tuple(row["tokens"][: cut.length]) if row.get("tokens") else next(encoded),
         )
         for number, row in enumerate(rows, start=1)
     )
     check_examples(examples)
     return examples
+
+
+def _require_usable(row: dict[str, Any], place: str) -> None:
+    tokens, text = row.get("tokens"), row.get("text")
+    if not tokens and not (isinstance(text, str) and text):
+        raise DataError(f"{place} has neither text nor tokens; write one of them in every row")
+    is_list = isinstance(tokens, list | tuple)
+    if tokens and not (is_list and all(type(token) is int and token >= 0 for token in tokens)):
+        raise DataError(f"{place}: tokens is not a list of token ids; expected integers of 0 or more")
 
 
 def read_ordinary(
