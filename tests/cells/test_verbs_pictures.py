@@ -58,7 +58,7 @@ def test_train_audit_remove_report(
     audit = ["audit", str(run), "--num-seeds", "2", "--num-steps", "2", "--guidance", "3", "--device", "cpu"]
     assert main(audit) == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == f"next: unmemorize report {run / 'audits' / 'seed0'}"
+    assert printed.splitlines()[-1] == f"next: unmemorize report {run}"
     found = load_any_audit(run / "audits" / "seed0" / "audit.json")
     assert isinstance(found, PictureAudit)
     assert [state.state for state in found.states] == STATES
@@ -69,12 +69,12 @@ def test_train_audit_remove_report(
         for state in STATES
     }
     assert made["sinks-own"] != made["sinks-off"] != made["sinks-foreign"]
-    model = run / "models" / "sinks-seed0" / "pipeline"
+    model = run / "models" / "sinks-seed0"
     assert main(["remove", str(model), "--out", str(tmp_path / "plain")]) == 0
     assert "loads without unmemorize" in capsys.readouterr().out
     assert DiffusionPipeline.from_pretrained(str(tmp_path / "plain")) is not None
-    assert main(["report", str(run / "audits" / "seed0")]) == 0
-    page = (run / "audits" / "seed0" / "report.html").read_text()
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
     assert "sinks, own" in page and "all sinks closed" in page
 
 
@@ -103,6 +103,9 @@ def test_pictures_need_a_pipeline_and_an_audit_finished_models(
 ) -> None:
     assert main(["train", "--out", str(tmp_path / "run"), "--pictures", str(material / "pictures")]) == 2
     assert "give --pipeline FOLDER" in capsys.readouterr().err
+    (tmp_path / "settings.json").write_text(json.dumps({"pipeline": str(material / "pipe")}))
+    assert main(["train", "--out", str(tmp_path / "run"), "--config", str(tmp_path / "settings.json")]) == 2
+    assert "give --pictures FOLDER" in capsys.readouterr().err
     run = tmp_path / "half"
     run.mkdir()
     head = {"format": "unmemorize.run", "format_version": 1, "kind": "training", "family": "diffusion"}
@@ -111,6 +114,8 @@ def test_pictures_need_a_pipeline_and_an_audit_finished_models(
     (run / "examples.jsonl").write_text("")
     assert main(["audit", str(run)]) == 2
     assert "is not trained yet; run unmemorize train again" in capsys.readouterr().err
+    assert main(["audit", str(run), "--rivals", "padding", "--twin", str(material / "pipe")]) == 2
+    assert "--twin, --rivals: for a pipeline; a run is audited with its own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

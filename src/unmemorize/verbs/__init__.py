@@ -14,7 +14,7 @@ import typer
 from unmemorize.corpus import IdKind
 from unmemorize.errors import ConfigError
 from unmemorize.verbs.answers import Answer, Positions, Precision, TextEdit, file_with_options, integers
-from unmemorize.verbs.families import Family, family_of
+from unmemorize.verbs.families import Family, family_of, folder_of
 
 if TYPE_CHECKING:
     from unmemorize.records import ProgressCallback
@@ -32,6 +32,7 @@ def check(
     """Check that a model's neurons can be gated and folded."""
     from unmemorize.verbs import diffusion, language
 
+    model = folder_of(model)
     if family_of(model) == "diffusion":
         return diffusion.check(model, row)
     return language.check(model, row)
@@ -113,7 +114,7 @@ def train(
     from unmemorize.isolate.train import train as run_training
     from unmemorize.verbs import pictures as picture_runs
 
-    if pipeline is not None or pictures is not None:
+    if pipeline is not None or pictures is not None or picture_runs.names_pipeline(settings):
         if corpus is not None or model is not None or text_column is not None:
             raise ConfigError("--corpus, --model and --text-column are for texts; give them or --pictures")
         return picture_runs.train(
@@ -211,6 +212,7 @@ def localize(
     """Find out what a model has memorized, prompts or texts, and which neurons hold it."""
     from unmemorize.verbs import diffusion, language_localize, texts
 
+    model = folder_of(model)
     if family_of(model) == "language":
         wanted = language_localize.NeuronOptions(
             methods=method or "gradient",
@@ -276,7 +278,8 @@ def audit(
         Path | None, typer.Option(help="With neurons: folder after removal, to measure too.")
     ] = None,
     twin: Annotated[
-        Path | None, typer.Option(help="With neurons: folder of one that never saw the targets.")
+        Path | None,
+        typer.Option(help="With neurons: folder of one that never saw the targets, or less often."),
     ] = None,
     sscd: Annotated[
         list[Path] | None,
@@ -299,6 +302,7 @@ def audit(
     from unmemorize.verbs import diffusion, language, language_audit
     from unmemorize.verbs import pictures as picture_runs
 
+    target = folder_of(target)
     is_run = picture_runs.is_picture_run(Path(target))
     if family_of(target) != "diffusion" and not is_run:
         compared = language_audit.NeuronAuditOptions(
@@ -380,6 +384,7 @@ def remove(
     from unmemorize.verbs import diffusion, language, language_remove
     from unmemorize.verbs import pictures as picture_runs
 
+    model = folder_of(model)
     if family_of(model) == "diffusion":
         if neurons is None and way != "edit" and (Path(model) / "sinks.json").is_file():
             return picture_runs.remove_sinks(Path(model), out, keep, way or "excise")
@@ -446,9 +451,11 @@ def report(
     ] = None,
 ) -> Answer:
     """Make one self-contained HTML file from run folders."""
-    from unmemorize.report import write_report
+    from unmemorize.report import REPORT_NAME, write_report
+    from unmemorize.verbs import pictures as picture_runs
 
-    path = write_report(runs, output)
+    folders = [folder for run in runs for folder in picture_runs.audited(run)]
+    path = write_report(folders, output or runs[0] / REPORT_NAME)
     return Answer(data={"report": str(path)}, lines=[str(path)])
 
 

@@ -19,8 +19,10 @@ from unmemorize.verbs.answers import (
     table_row,
     upper_end,
 )
+from unmemorize.verbs.devices import dtype_of, on_device
 
 if TYPE_CHECKING:
+    from unmemorize.audit.prompt_alignment import ClipAlignment
     from unmemorize.audit.similarity import SimilarityMeasure, SscdVariant
     from unmemorize.corpus.prompts import Prompt
     from unmemorize.localize.clusters import StoredResults
@@ -101,21 +103,9 @@ def check(model: str, row: str | None) -> Answer:
 
 def opened(model: str | Path, loading: Loading) -> Pipeline:
     """Load a pipeline, check it, and move it to its device."""
-    import torch
-
     from unmemorize.models.diffusion import load
 
-    dtype = None if loading.precision is None else getattr(torch, loading.precision)
-    pipe = load(model, dtype=dtype)
-    device = loading.device
-    if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = found.type if found is not None else "cpu"
-    try:
-        return pipe.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"cannot use device {device!r}: {reason}; choose another --device") from error
+    return on_device(load(model, dtype=dtype_of(loading.precision)), loading.device)
 
 
 @quietly
@@ -276,7 +266,6 @@ def audit(
     from unmemorize.audit.diffusion import audit_pictures
     from unmemorize.audit.localized import localized_prompts, site_neurons
     from unmemorize.audit.pictures import PromptCase
-    from unmemorize.audit.prompt_alignment import ClipAlignment
     from unmemorize.audit.ways import PictureAuditSettings
     from unmemorize.corpus.prompts import read_prompts
     from unmemorize.models.diffusion import find_sites, fingerprint
@@ -305,7 +294,7 @@ def audit(
         settings,
         out,
         measures=measures_of(options.sscd, str(pipe.device)),
-        alignment=None if options.clip is None else ClipAlignment.load(options.clip, device=str(pipe.device)),
+        alignment=alignment_of(options.clip, str(pipe.device)),
         localized=[*localized_prompts(found.results, groups), *_gate_rows(out)],
         sites=site_neurons(found.sites or find_sites(pipe), neurons, found.results),
         gate_threshold=found.gate_threshold if found.results else None,
@@ -343,6 +332,13 @@ def _gate_rows(out: Path) -> list[LocalizedPrompt]:
     return [
         LocalizedPrompt(**row, is_memorized=row["best_pair"] > threshold) for row in read_json_lines(path)
     ]
+
+
+def alignment_of(source: str | None, device: str) -> ClipAlignment | None:
+    """Return the CLIP model of a folder or hub name, if one is named."""
+    from unmemorize.audit.prompt_alignment import ClipAlignment
+
+    return None if source is None else ClipAlignment.load(source, device=device)
 
 
 def measures_of(files: Sequence[Path], device: str) -> list[SimilarityMeasure]:

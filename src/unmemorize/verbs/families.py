@@ -11,6 +11,12 @@ Family = Literal["language", "diffusion"]
 _INDEX = "model_index.json"
 
 
+def folder_of(model: str) -> str:
+    """Return where a model really is: a training of pipelines keeps each in `models/<method>-seed<k>/pipeline`."""
+    inner = Path(model) / "pipeline"
+    return str(inner) if (inner / _INDEX).is_file() else model
+
+
 def family_of(model: str | Path) -> Family:
     """Tell the family of a model folder or hub name; a hub that cannot be reached is asked through its local cache."""
     folder = Path(model)

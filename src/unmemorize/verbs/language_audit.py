@@ -146,12 +146,9 @@ def _ways(
             "placebo", "random neurons off", model, placebo, "As many other neurons of each layer, drawn."
         ),
     ]
-    for state, folder, label in (
-        ("mended", options.mended, "mended"),
-        ("twin", options.twin, "never saw the targets"),
-    ):
+    for state, folder in (("mended", options.mended), ("twin", options.twin)):
         if folder is not None:
-            ways.append(TextWay(state, label, load_model(folder, device, precision), None, folder.name))
+            ways.append(TextWay(state, state, load_model(folder, device, precision), None, folder.name))
     return ways
 
 

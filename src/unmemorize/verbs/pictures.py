@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from unmemorize.errors import ConfigError, RunFolderError
 from unmemorize.verbs.answers import Answer, bar_line, file_with_options, integers, upper_end
-from unmemorize.verbs.diffusion import Loading, PictureOptions, measures_of, opened, quietly
+from unmemorize.verbs.devices import dtype_of, on_device
+from unmemorize.verbs.diffusion import Loading, PictureOptions, alignment_of, measures_of, opened, quietly
 
 if TYPE_CHECKING:
     from unmemorize.audit.pictures import PromptCase
@@ -94,6 +95,11 @@ def _own_size(pipeline: str) -> int:
     return int(denoiser.config.sample_size) * int(getattr(pipe, "vae_scale_factor", 1))
 
 
+def names_pipeline(settings: Path | None) -> bool:
+    """Tell whether a settings file is one for training on pictures: it names the pipeline to start from."""
+    return settings is not None and "pipeline" in file_with_options(settings, {})
+
+
 def is_picture_run(folder: Path) -> bool:
     """Tell whether a folder is a run that trained text-to-image models."""
     import json
@@ -103,6 +109,12 @@ def is_picture_run(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(value, dict) and (value.get("kind"), value.get("family")) == ("training", "diffusion")
+
+
+def audited(run: Path) -> list[Path]:
+    """Return the folders of a run that hold an audit: its own, or one a seed for a training on pictures."""
+    by_seed = sorted(path.parent for path in (run / "audits").glob("seed*/audit.json"))
+    return [run] if (run / "audit.json").is_file() or not by_seed else by_seed
 
 
 @quietly
@@ -119,6 +131,7 @@ def audit(
     from unmemorize.audit.ways import PictureAuditSettings
     from unmemorize.files import read_json
 
+    _refuse_for_pipelines(options)
     config = read_json(run / "config.json", format="unmemorize.run", version=1)["settings"]
     if max_extraction is not None and not any(name.startswith("sinks") for name in config["methods"]):
         raise ConfigError(f"--max-extraction is about closed sinks, and {run} trained none; leave it out")
@@ -138,13 +151,14 @@ def audit(
                 ways,
                 settings,
                 run / "audits" / f"seed{seed}",
-                measures=measures_of(options.sscd, "cpu"),
+                measures=measures_of(options.sscd, str(ways[0].pipe.device)),
+                alignment=alignment_of(options.clip, str(ways[0].pipe.device)),
                 title=f"Audit of {run.name}, seed {seed}",
                 headline=next((way.state for way in ways[1:] if not way.is_rival), None),
                 progress=progress,
             )
         )
-    lines, worst = [audit.verdict for audit in audits], 0.0
+    lines, worst = [audit.verdict for audit in audits], 1.0
     figures: dict[str, Any] = {}
     for number, state in enumerate(audits[0].states):
         rates = [_copies(audit, number) for audit in audits]
@@ -158,8 +172,20 @@ def audit(
             worst = max(upper_end(rate) for rate in rates)
     bar, code = bar_line("copies of targets with sinks closed", worst, max_extraction)
     folders = [str(run / "audits" / f"seed{seed}") for seed in config["seeds"]]
-    lines += [*bar, f"next: unmemorize report {' '.join(folders)}"]
+    lines += [*bar, f"next: unmemorize report {run}"]
     return Answer(data={"audits": folders, "copies": figures}, lines=lines, exit_code=code)
+
+
+def _refuse_for_pipelines(options: PictureOptions) -> None:
+    """Refuse options that mean something for a pipeline and would be passed over for a run."""
+    given = [
+        f"--{name}" for name in ("neurons", "mended", "twin", "column") if getattr(options, name) is not None
+    ]
+    given += ["--rivals"] if options.rivals != PictureOptions().rivals else []
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: for a pipeline; a run is audited with its own methods and states"
+        )
 
 
 def _copies(audit: PictureAudit, number: int) -> Any:
@@ -209,8 +235,8 @@ def _ways(
             yield Way(state=state, label=method, pipe=pipe, description=known, is_rival=not is_first)
             is_first = False
             continue
-        pipe, plan = load_with_sinks(folder / "pipeline")
-        pipe.to(opened(folder / "pipeline", loading).device)
+        pipe, plan = load_with_sinks(folder / "pipeline", dtype=dtype_of(loading.precision))
+        on_device(pipe, loading.device)
         for state, text in _STATES.items():
             candidates = repeated if state == "foreign" else None
             block = partial(sink_state, pipe, plan, state, candidates=candidates)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from unmemorize.errors import ConfigError, DataError
 from unmemorize.verbs.answers import Precision
+from unmemorize.verbs.devices import dtype_of, on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,20 +44,9 @@ def load_model(
     model: str | Path, device: str = "auto", precision: Precision | None = None
 ) -> PreTrainedModel:
     """Load a language model and move it to its device ("auto": the first accelerator, else the CPU)."""
-    import torch
-
     from unmemorize.models.language import load
 
-    loaded = load(model, dtype=None if precision is None else getattr(torch, precision))
-    if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = found.type if found is not None else "cpu"
-    try:
-        loaded.to(device)  # type: ignore[arg-type]
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"cannot use device {device!r}: {reason}; choose another --device") from error
-    return loaded
+    return on_device(load(model, dtype=dtype_of(precision)), device)
 
 
 def read_texts(path: Path, tokenizer: PreTrainedTokenizerBase, model: str, cut: Cut) -> tuple[Example, ...]:
