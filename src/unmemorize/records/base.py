@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from unmemorize.files import write_json
 
 AUDIT_FORMAT = "unmemorize.audit"
 AUDIT_VERSION = 1
@@ -32,6 +35,14 @@ class Record(BaseModel):
     """Frozen, and strict about its fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoredRecord(Record):
+    """A record that is a file of its own."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON, atomically."""
+        return write_json(path, self.model_dump(mode="json", exclude_none=False))
 
 
 class Measure(Record):

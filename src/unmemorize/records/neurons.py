@@ -6,11 +6,9 @@ A state is one way of running the model: as it is (before), with the neurons off
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
-from unmemorize.files import write_json
-from unmemorize.records.base import Measure, Record
+from unmemorize.records.base import Measure, Record, StoredRecord
 from unmemorize.records.pictures import SiteNeurons
 from unmemorize.records.training import Continuation, GroupResult
 
@@ -37,7 +35,7 @@ class Agreement(Record):
     by_chance_frac: float
 
 
-class TextLocalization(Record):
+class TextLocalization(StoredRecord):
     """The whole of a language model's `localization.json`. The first method is the one whose set is `neurons.json`.
 
     `length_tokens` is where longer texts were cut.
@@ -56,10 +54,6 @@ class TextLocalization(Record):
     extraction_rate_frac: Measure
     methods: list[LocalizedMethod]
     agreement: list[Agreement] = []
-
-    def save(self, path: str | Path) -> Path:
-        """Write `localization.json` atomically."""
-        return write_json(path, self.model_dump(mode="json", exclude_none=False))
 
 
 class NeuronState(Record):
@@ -84,7 +78,7 @@ class DeletionPoint(Record):
     ordinary_perplexity: Measure
 
 
-class NeuronAudit(Record):
+class NeuronAudit(StoredRecord):
     """The whole of `audit.json` of a language model's neurons."""
 
     format: Literal["unmemorize.audit"] = "unmemorize.audit"
@@ -102,7 +96,3 @@ class NeuronAudit(Record):
     agreement: list[Agreement] = []
     curve: list[DeletionPoint] = []
     limits: list[str] = []
-
-    def save(self, path: str | Path) -> Path:
-        """Write `audit.json` atomically."""
-        return write_json(path, self.model_dump(mode="json", exclude_none=False))

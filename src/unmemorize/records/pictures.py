@@ -6,11 +6,9 @@ unitless, 1 for equal pictures; each comes from a named measure (docs/metrics.md
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
-from unmemorize.files import write_json
-from unmemorize.records.base import Group, Measure, Record
+from unmemorize.records.base import Group, Measure, Record, StoredRecord
 
 
 class Similarity(Record):
@@ -104,7 +102,7 @@ class SiteNeurons(Record):
     num_prompts: list[int] = []
 
 
-class PictureAudit(Record):
+class PictureAudit(StoredRecord):
     """The whole of `audit.json` of a text-to-image model. `measures` maps each measure's name to what it is."""
 
     format: Literal["unmemorize.audit"] = "unmemorize.audit"
@@ -123,7 +121,3 @@ class PictureAudit(Record):
     gate_threshold: float | None = None
     sites: list[SiteNeurons] = []
     limits: list[str] = []
-
-    def save(self, path: str | Path) -> Path:
-        """Write `audit.json` atomically."""
-        return write_json(path, self.model_dump(mode="json", exclude_none=False))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
-from unmemorize.files import write_json
-from unmemorize.records.base import Group, Measure, Record
+from unmemorize.records.base import Group, Measure, Record, StoredRecord
 
 StateName = Literal["plain", "off", "own", "foreign", "all", "exclude", "placebo"]
 
@@ -122,7 +120,7 @@ class MethodResult(Record):
     summary: MethodSummary
 
 
-class Audit(Record):
+class Audit(StoredRecord):
     """The whole of `audit.json`. `kind` is "training" (methods compared) or "model" (one model looked at)."""
 
     format: Literal["unmemorize.audit"] = "unmemorize.audit"
@@ -135,7 +133,3 @@ class Audit(Record):
     environment: dict[str, str]
     methods: list[MethodResult]
     limits: list[str] = []
-
-    def save(self, path: str | Path) -> Path:
-        """Write `audit.json` atomically."""
-        return write_json(path, self.model_dump(mode="json", exclude_none=False))

@@ -16,24 +16,31 @@ from markupsafe import Markup
 from unmemorize.records import DeletionPoint, GroupResult, Measure, NeuronAudit, NeuronState
 from unmemorize.report import plots
 from unmemorize.report.documents import Example, example_of
-from unmemorize.report.measures import Cell, Unit, measure_cell
+from unmemorize.report.measures import Unit
 from unmemorize.report.neuron_map import neuron_plot, neuron_table
-from unmemorize.report.page import Beside, Fact, Figure, Part, Plot, embedded, run_letter, settings_pairs
+from unmemorize.report.neuron_tables import (
+    CONTROLS,
+    agreement_table,
+    curve_table,
+    localized_table,
+    states_table,
+    text_cell,
+)
+from unmemorize.report.page import (
+    Beside,
+    Fact,
+    Figure,
+    Panel,
+    Part,
+    Plot,
+    embedded,
+    run_letter,
+    settings_pairs,
+)
 from unmemorize.report.plots import Box, Scale, tag
 from unmemorize.report.states import GROUPS
-from unmemorize.report.tables import Column, Row, Table, clip, flatten, settings_table, time_text
+from unmemorize.report.tables import Table, clip, flatten, settings_table, time_text
 from unmemorize.report.words import NEURON_WORDS
-
-CONTROLS = ("random", "magnitude")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurvePanel:
-    """One method's curve with its heading."""
-
-    title: str
-    picture: Markup
-    is_headline: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +48,7 @@ class NeuronRun(Part):
     """One audit of neurons as the template sees it; what the audit lacks is None or empty."""
 
     states: Table
-    panels: tuple[CurvePanel, ...]
+    panels: tuple[Panel, ...]
     curve: Table | None
     neurons: Plot | None
     neurons_table: Table | None
@@ -80,13 +87,13 @@ def run_of(audit: NeuronAudit, config: Mapping[str, Any] | None, index: int, num
             if one.description
         ),
         words=NEURON_WORDS,
-        states=_states_table(audit, f"{ident}-states"),
+        states=states_table(audit, f"{ident}-states"),
         panels=_panels(audit, ident),
-        curve=_curve_table(audit, f"{ident}-curve"),
+        curve=curve_table(audit, f"{ident}-curve"),
         neurons=neuron_plot(audit, f"{ident}-map"),
         neurons_table=neuron_table(audit, f"{ident}-sites"),
-        localized=_localized_table(audit, f"{ident}-localized"),
-        agreement=_agreement_table(audit, f"{ident}-agreement"),
+        localized=localized_table(audit, f"{ident}-localized"),
+        agreement=agreement_table(audit, f"{ident}-agreement"),
         examples=tuple(example_of(one, labels) for one in audit.continuations),
         settings=settings_table(
             settings_pairs(audit.settings, [("config", config or {})]), f"{ident}-settings", "Settings"
@@ -115,10 +122,6 @@ def _perplexity(state: NeuronState) -> Measure | None:
     return state.ordinary_perplexity
 
 
-def _cell(measure: Measure | None, unit: Unit) -> Cell:
-    return Cell(text="no texts", is_refused=True) if measure is None else measure_cell(measure, unit)
-
-
 def _figures(audit: NeuronAudit) -> tuple[Figure, ...]:
     """Three large numbers: targets repeated, their loss, ordinary perplexity; each beside its placebo."""
     named = {one.state: one for one in audit.states}
@@ -139,8 +142,8 @@ def _figures(audit: NeuronAudit) -> tuple[Figure, ...]:
     )
     figures = []
     for read, unit, title, explanation in kinds:
-        cells = [_cell(read(one), unit) for one in (result, before)]
-        beside = tuple(Beside(name=clip(one.label, 40), cell=_cell(read(one), unit)) for one in others)
+        cells = [text_cell(read(one), unit) for one in (result, before)]
+        beside = tuple(Beside(name=clip(one.label, 40), cell=text_cell(read(one), unit)) for one in others)
         figures.append(
             Figure(
                 cell=cells[0],
@@ -170,41 +173,7 @@ def _done(audit: NeuronAudit) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _states_table(audit: NeuronAudit, ident: str) -> Table:
-    """Every state and group: extraction, near-verbatim, loss, and the perplexity of ordinary text."""
-    rows = []
-    for state in audit.states:
-        for number, group in enumerate(state.groups):
-            test = group.extraction[0] if group.extraction else None
-            rows.append(
-                Row(
-                    name=clip(state.label, 40),
-                    hint=f"{state.num_neurons:,} neurons off" if state.num_neurons else "",
-                    starts_block=number == 0,
-                    is_strong=state.state == audit.settings.get("headline_state") and group.group == "target",
-                    cells=(
-                        Cell(text=GROUPS[group.group], value=group.group),
-                        _cell(test.extraction_rate_frac if test else None, "percent"),
-                        _cell(test.near_verbatim_rate_frac if test else None, "percent"),
-                        _cell(test.matched_prefix_tokens if test else None, "tokens"),
-                        _cell(group.loss_nats, "loss"),
-                        _cell(state.ordinary_perplexity, "perplexity") if number == 0 else Cell(text=""),
-                    ),
-                )
-            )
-    columns = (
-        Column(name="State", is_number=False),
-        Column(name="Group", is_number=False),
-        Column(name="Verbatim"),
-        Column(name="Near-verbatim"),
-        Column(name="Matched", hint="tokens"),
-        Column(name="Loss", hint="nats per token"),
-        Column(name="Perplexity", hint="ordinary text"),
-    )
-    return Table(ident=ident, caption="Every group in every state", columns=columns, rows=tuple(rows))
-
-
-def _panels(audit: NeuronAudit, ident: str) -> tuple[CurvePanel, ...]:
+def _panels(audit: NeuronAudit, ident: str) -> tuple[Panel, ...]:
     """One small picture a method: losses of targets and of ordinary text over the share that is off."""
     methods = list(dict.fromkeys(point.method for point in audit.curve))
     lines = {name: [one for one in audit.curve if one.method == name] for name in methods}
@@ -214,7 +183,7 @@ def _panels(audit: NeuronAudit, ident: str) -> tuple[CurvePanel, ...]:
     losses = plots.padded_range(values)
     headline = audit.localized[0].method if audit.localized else ""
     return tuple(
-        CurvePanel(
+        Panel(
             title=f"{name} (control)" if name in CONTROLS else name,
             picture=_panel(name, points, losses, f"{ident}-share{number}"),
             is_headline=name == headline,
@@ -251,75 +220,3 @@ def _panel(name: str, points: Sequence[DeletionPoint], losses: tuple[float, floa
     )
     title = f"Losses by share of neurons off: {name}"
     return plots.picture(width, height, plots.join(parts), ident=ident, title=title, description=words)
-
-
-def _curve_table(audit: NeuronAudit, ident: str) -> Table | None:
-    if not audit.curve:
-        return None
-    rows = tuple(
-        Row(
-            name=f"{one.method} (control)" if one.method in CONTROLS else one.method,
-            starts_block=number == 0 or audit.curve[number - 1].method != one.method,
-            cells=(
-                Cell(text=f"{100 * one.share_frac:g}%", value=one.share_frac),
-                Cell(text=f"{one.num_neurons:,}", value=one.num_neurons),
-                _cell(one.extraction_rate_frac, "percent"),
-                _cell(one.target_loss_nats, "loss"),
-                _cell(one.ordinary_perplexity, "perplexity"),
-            ),
-        )
-        for number, one in enumerate(audit.curve)
-    )
-    columns = (
-        Column(name="Method", is_number=False),
-        Column(name="Share off", hint="of every layer"),
-        Column(name="Neurons"),
-        Column(name="Verbatim", hint="targets"),
-        Column(name="Loss", hint="targets, nats"),
-        Column(name="Perplexity", hint="ordinary text"),
-    )
-    return Table(ident=ident, caption="Shares switched off", columns=columns, rows=rows, shown_rows=100)
-
-
-def _localized_table(audit: NeuronAudit, ident: str) -> Table | None:
-    if not audit.localized:
-        return None
-    rows = tuple(
-        Row(
-            name=one.method,
-            cells=(
-                Cell(text=f"{one.num_neurons:,}", value=one.num_neurons),
-                Cell(text=f"{one.forward_equivalents:,.0f}", value=one.forward_equivalents),
-                Cell(text=time_text(one.seconds), value=one.seconds),
-            ),
-        )
-        for one in audit.localized
-    )
-    columns = (
-        Column(name="Method", is_number=False),
-        Column(name="Neurons"),
-        Column(name="Forward-equivalents"),
-        Column(name="Time"),
-    )
-    return Table(ident=ident, caption="What each method chose, and its cost", columns=columns, rows=rows)
-
-
-def _agreement_table(audit: NeuronAudit, ident: str) -> Table | None:
-    if not audit.agreement:
-        return None
-    rows = tuple(
-        Row(
-            name=f"{one.first} and {one.second}",
-            cells=(
-                Cell(text=f"{one.jaccard_frac:.0%}", value=one.jaccard_frac, bar_frac=one.jaccard_frac),
-                Cell(text=f"{one.by_chance_frac:.1%}", value=one.by_chance_frac),
-            ),
-        )
-        for one in audit.agreement
-    )
-    columns = (
-        Column(name="Methods", is_number=False),
-        Column(name="Shared", hint="of both sets"),
-        Column(name="By chance"),
-    )
-    return Table(ident=ident, caption="Agreement between methods", columns=columns, rows=rows)

@@ -60,6 +60,15 @@ class Fact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """A small picture among others, with its heading."""
+
+    title: str
+    picture: Markup
+    is_headline: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
     """A picture for wide and one for narrow screens, with what its marks mean."""
 

@@ -12,27 +12,16 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from markupsafe import Markup
-
 from unmemorize.records import Audit, MethodResult
 from unmemorize.report import curves, frontier, points
 from unmemorize.report.documents import Example, documents_table, examples
 from unmemorize.report.methods import HEADLINES, headline_cell, methods_table, with_short_labels
-from unmemorize.report.page import Change, Figure, Part, Plot, embedded, run_letter, settings_pairs
+from unmemorize.report.page import Change, Figure, Panel, Part, Plot, embedded, run_letter, settings_pairs
 from unmemorize.report.states import extraction_table, states_table
 from unmemorize.report.tables import Table, count_text, flatten, settings_table, time_text
 from unmemorize.report.words import LANGUAGE_WORDS
 
 EARLY_FRAC = 0.06  # the steep beginning of training may leave the panels at the top
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
-    """A learning-curve picture with its heading."""
-
-    title: str
-    picture: Markup
-    is_headline: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -245,6 +245,7 @@ def _agreement(sets: dict[str, NeuronSet], scores: NeuronScores) -> list[Agreeme
     """Compare all pairs of sets; chance is two random draws of the same sizes at every site."""
     from itertools import combinations
 
+    from unmemorize.localize.locality import overlap
     from unmemorize.records import Agreement
 
     widths = {site: site.width for site in scores.sites}
@@ -258,7 +259,7 @@ def _agreement(sets: dict[str, NeuronSet], scores: NeuronScores) -> list[Agreeme
             Agreement(
                 first=first,
                 second=second,
-                jaccard_frac=len(one & other) / max(1, len(one | other)),
+                jaccard_frac=overlap(one, other),
                 by_chance_frac=expected / max(1.0, len(one) + len(other) - expected),
             )
         )
