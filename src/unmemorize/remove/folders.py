@@ -15,8 +15,16 @@ from unmemorize.files import write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from unmemorize.neurons import NeuronSet
+
 REMOVAL_FORMAT = "unmemorize.removal"
 REMOVAL_VERSION = 1
+
+
+def manifest_of(way: str, model_id: str, neurons: NeuronSet) -> dict[str, Any]:
+    """Say which neurons of which model were removed and how, for `unmemorize.json`."""
+    indices = {site.path: list(chosen) for site, chosen in neurons.indices.items()}
+    return {"way": way, "model": model_id, "num_neurons": len(neurons), "neurons": indices}
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], result: str) -> None:

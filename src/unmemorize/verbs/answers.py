@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from unmemorize.errors import ConfigError
+
+if TYPE_CHECKING:
+    from unmemorize.records import Measure
 
 T = TypeVar("T")
 
@@ -97,6 +100,16 @@ def bar_line(what: str, upper_frac: float, bar_frac: float | None) -> tuple[list
     is_missed = upper_frac > bar_frac
     line = f"{what} at most {upper_frac:.1%} (95 %), bar {bar_frac:.1%}: {'missed' if is_missed else 'met'}"
     return [line], int(is_missed)
+
+
+def figure_text(measure: Measure | None, style: str = ".2f") -> str:
+    """Word a figure with its 95 % interval, each number in a format such as ".0%"; or say why it is refused."""
+    if measure is None or measure.value is None:
+        return f"refused ({measure.refused if measure else 'nothing was measured'})"
+    if measure.ci95 is None:
+        return f"{measure.value:{style}}"
+    low, high = measure.ci95
+    return f"{measure.value:{style}} [{low:{style}}, {high:{style}}]"
 
 
 def upper_end(measure: Any) -> float:

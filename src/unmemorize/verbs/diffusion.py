@@ -379,6 +379,7 @@ def remove(
     from unmemorize.models.diffusion import fingerprint
     from unmemorize.neurons import NeuronSet, load_neurons
     from unmemorize.remove.diffusion import export, fold, prove_plain
+    from unmemorize.remove.folders import manifest_of
 
     pipe = opened(model, Loading(device="cpu"))
     chosen = NeuronSet(fingerprint(pipe), {}) if neurons is None else load_neurons(neurons)
@@ -392,13 +393,7 @@ def remove(
         mended, figures = _edited(pipe, rows, examples, ordinary, column, progress)
     else:
         mended = fold(pipe, chosen)
-    manifest = {
-        "way": way,
-        "model": fingerprint(pipe),
-        "num_neurons": len(chosen),
-        "neurons": {site.path: list(indices) for site, indices in chosen.indices.items()},
-        **figures,
-    }
+    manifest = {**manifest_of(way, fingerprint(pipe), chosen), **figures}
     export(mended, out, manifest=manifest, original=pipe if keep_undo else None)
     prove_plain(out, "a picture", num_inference_steps=2)
     what = f"{len(chosen)} neurons" if neurons is not None else "all searched layers"

@@ -75,6 +75,7 @@ def remove(
     from unmemorize.isolate.plan import load_plan
     from unmemorize.models.language import find_mlps, fingerprint, load
     from unmemorize.neurons import load_neurons
+    from unmemorize.remove.folders import manifest_of
     from unmemorize.remove.language import excise, export, fold, prove_plain, tokenizer_beside
 
     loaded = load(model)
@@ -85,12 +86,7 @@ def remove(
         kept = integers(keep)
         chosen = layout.pool() - layout.neurons_for(kept) if kept else layout.pool()
     smaller = (excise if way == "excise" else fold)(loaded, chosen)
-    manifest = {
-        "way": way,
-        "model": fingerprint(loaded),
-        "num_neurons": len(chosen),
-        "neurons": {site.path: list(indices) for site, indices in chosen.indices.items()},
-    }
+    manifest = manifest_of(way, fingerprint(loaded), chosen)
     export(smaller, out, manifest=manifest, tokenizer=tokenizer_beside(model))
     tokens = torch.arange(32).remainder(int(loaded.config.get_text_config().vocab_size)).unsqueeze(0)
     with torch.no_grad(), gated(loaded, closed(chosen)):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from unmemorize.errors import ConfigError, RunFolderError
-from unmemorize.verbs.answers import Answer, Precision, bar_line, upper_end
+from unmemorize.verbs.answers import Answer, Precision, bar_line, figure_text, upper_end
 from unmemorize.verbs.texts import Cut, load_model, read_ordinary, read_texts, target_cuts
 
 if TYPE_CHECKING:
@@ -191,21 +191,11 @@ def _rate(state: NeuronState) -> Measure | None:
     return group.extraction[0].extraction_rate_frac if group and group.extraction else None
 
 
-def _words(measure: Measure | None, unit: str) -> str:
-    if measure is None or measure.value is None:
-        return f"refused ({measure.refused if measure else 'no targets'})"
-    text = f"{measure.value:.0%}" if unit == "%" else f"{measure.value:.2f}"
-    if measure.ci95 is None:
-        return text
-    low, high = measure.ci95
-    return f"{text} [{low:.0%}, {high:.0%}]" if unit == "%" else f"{text} [{low:.2f}, {high:.2f}]"
-
-
 def _line(state: NeuronState) -> str:
     group = next(one for one in state.groups if one.group == "target")
     return (
-        f"{state.label}: {_words(_rate(state), '%')} of targets verbatim, loss {_words(group.loss_nats, 'nats')} nats, "
-        f"ordinary perplexity {_words(state.ordinary_perplexity, '')}"
+        f"{state.label}: {figure_text(_rate(state), '.0%')} of targets verbatim, loss {figure_text(group.loss_nats)} "
+        f"nats, ordinary perplexity {figure_text(state.ordinary_perplexity)}"
     )
 
 
@@ -214,7 +204,9 @@ def _verdict(states: dict[str, NeuronState], headline: str) -> str:
     if rate is None or rate.value is None:
         reason = "no targets" if rate is None else rate.refused
         return f"How much of the targets is repeated verbatim is refused in every state ({reason})."
-    before, after, placebo = (_words(_rate(states[name]), "%") for name in ("before", headline, "placebo"))
+    before, after, placebo = (
+        figure_text(_rate(states[name]), ".0%") for name in ("before", headline, "placebo")
+    )
     return (
         f"Of the targets, {before} are repeated verbatim before, {after} {states[headline].label}, and {placebo} with "
         "as many random neurons off."

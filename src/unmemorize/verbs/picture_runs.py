@@ -7,14 +7,14 @@ picture. Ordinary pictures were never trained on and open no sinks in own and fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmemorize.errors import ConfigError, RunFolderError
-from unmemorize.verbs.answers import Answer, bar_line, file_with_options, integers, upper_end
+from unmemorize.verbs.answers import Answer, bar_line, figure_text, file_with_options, integers, upper_end
 from unmemorize.verbs.devices import dtype_of, on_device
 from unmemorize.verbs.diffusion import Loading, PictureOptions, alignment_of, measures_of, opened, quietly
 
@@ -127,7 +127,6 @@ def audit(
 ) -> Answer:
     """Make pictures with every model of a run in every state and measure what they copy, seed by seed."""
     from unmemorize.audit.diffusion import audit_pictures
-    from unmemorize.audit.statistics import mean_over_seeds
     from unmemorize.audit.ways import PictureAuditSettings
     from unmemorize.files import read_json
 
@@ -145,35 +144,50 @@ def audit(
     audits: list[PictureAudit] = []
     for seed in config["seeds"]:
         ways = list(_ways(run, config["methods"], seed, owners, loading))
+        device = str(ways[0].pipe.device)
         audits.append(
             audit_pictures(
                 cases,
                 ways,
                 settings,
                 run / "audits" / f"seed{seed}",
-                measures=measures_of(options.sscd, str(ways[0].pipe.device)),
-                alignment=alignment_of(options.clip, str(ways[0].pipe.device)),
+                measures=measures_of(options.sscd, device),
+                alignment=alignment_of(options.clip, device),
                 title=f"Audit of {run.name}, seed {seed}",
                 headline=next((way.state for way in ways[1:] if not way.is_rival), None),
                 progress=progress,
             )
         )
-    lines, worst = [audit.verdict for audit in audits], 1.0
-    figures: dict[str, Any] = {}
+    figures, lines = _over_seeds(audits)
+    bar, code = bar_line("copies of targets with sinks closed", _worst_closed(audits), max_extraction)
+    folders = [str(run / "audits" / f"seed{seed}") for seed in config["seeds"]]
+    verdicts = [audit.verdict for audit in audits]
+    return Answer(
+        data={"audits": folders, "copies": figures},
+        lines=[*verdicts, *lines, *bar, f"next: unmemorize report {run}"],
+        exit_code=code,
+    )
+
+
+def _over_seeds(audits: Sequence[PictureAudit]) -> tuple[dict[str, Any], list[str]]:
+    """Return each state's copy rates by seed, and a line for each: the mean, with an interval from three seeds on."""
+    from unmemorize.audit.statistics import mean_over_seeds
+
+    figures, lines = {}, []
     for number, state in enumerate(audits[0].states):
         rates = [_copies(audit, number) for audit in audits]
         values = [rate.value for rate in rates if rate is not None and rate.value is not None]
-        over = mean_over_seeds(values)
-        shown = "" if over.ci95 is None else f" [{over.ci95[0]:.2f}, {over.ci95[1]:.2f}]"
-        mean = f"{sum(values) / len(values):.2f}{shown}" if values else "refused"
+        over = figure_text(mean_over_seeds(values))
+        mean = f"{sum(values) / len(values):.2f}" if len(values) in (1, 2) else over
         lines.append(f"{state.label}: copies {mean}; {state.description}")
         figures[state.state] = values
-        if state.num_neurons:  # closed, also where it stands for "before"
-            worst = max(upper_end(rate) for rate in rates)
-    bar, code = bar_line("copies of targets with sinks closed", worst, max_extraction)
-    folders = [str(run / "audits" / f"seed{seed}") for seed in config["seeds"]]
-    lines += [*bar, f"next: unmemorize report {run}"]
-    return Answer(data={"audits": folders, "copies": figures}, lines=lines, exit_code=code)
+    return figures, lines
+
+
+def _worst_closed(audits: Sequence[PictureAudit]) -> float:
+    """Return the highest upper end of the copy rate with sinks closed, 0..1; 1 where nothing was measured."""
+    closed = [n for n, state in enumerate(audits[0].states) if state.num_neurons]
+    return max((upper_end(_copies(audit, n)) for audit in audits for n in closed), default=1.0)
 
 
 def _refuse_for_pipelines(options: PictureOptions) -> None:
@@ -266,6 +280,7 @@ def remove_sinks(model: Path, out: Path, keep: str | None, way: str) -> Answer:
     from unmemorize.isolate.sink_files import load_with_sinks
     from unmemorize.models.diffusion import fingerprint
     from unmemorize.remove.diffusion import excise, export, prove_plain
+    from unmemorize.remove.folders import manifest_of
 
     if way != "excise":
         raise ConfigError("the pool of a pipeline is cut out, not folded; use --way excise, or leave it out")
@@ -273,12 +288,7 @@ def remove_sinks(model: Path, out: Path, keep: str | None, way: str) -> Answer:
     kept = integers(keep)
     chosen = plan.pool() - plan.neurons_for(kept) if kept else plan.pool()
     smaller = excise(pipe, chosen)
-    manifest = {
-        "way": way,
-        "model": fingerprint(pipe),
-        "num_neurons": len(chosen),
-        "neurons": {site.path: list(indices) for site, indices in chosen.indices.items()},
-    }
+    manifest = manifest_of(way, fingerprint(pipe), chosen)
     export(smaller, out, manifest=manifest)
     prove_plain(out, "a picture", num_inference_steps=1)
     lines = [f"removed {len(chosen)} neurons", "loads without unmemorize", str(out)]
