@@ -62,7 +62,10 @@ def test_every_section_is_measured_beside_its_control(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(recipe, "STEPS", (2, 3))
+    monkeypatch.setattr(recipe, "STEPS", (3,))
+    monkeypatch.setattr(recipe, "GUIDANCE", (12.0,))
+    monkeypatch.setattr(recipe, "SCHEDULERS", ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"))
+    monkeypatch.setattr(recipe, "SEEDS", (1000, 1001, 1002))
     run = run_folder(tmp_path)
     coco = write_table(tmp_path / "coco.csv", ["a green boat", "the moon"], group="ordinary")
     controls = write_table(tmp_path / "controls.csv", ["an old tree", "the small sea"], group="ordinary")
@@ -70,7 +73,7 @@ def test_every_section_is_measured_beside_its_control(
     text = recipe.main(words).read_text()
     assert "Not measured: it needs training pictures of the targets, and --controls" in text
     assert "Not measured: give --coco" in text and not (run / "attacks.jsonl").exists()
-    words += ["--coco", str(coco), "--controls", str(controls), "--budgets", "1,2"]
+    words += ["--coco", str(coco), "--controls", str(controls), "--budgets", "1,2", "--num-attacked", "1"]
     words += ["--clip", str(tiny_clip(tmp_path / "clip"))]
     text = recipe.main(words).read_text()
     assert text.index("## Locality") < text.index("## Permanence") < text.index("## Quality")
@@ -83,7 +86,7 @@ def test_every_section_is_measured_beside_its_control(
     pictures = {row.state: row.seconds for row in audit.states}
     assert all(seconds > 0 for seconds in pictures.values())
     attacks = [json.loads(line) for line in (run / "attacks.jsonl").read_text().splitlines()]
-    assert len(attacks) == 4 * 3 * 2  # pictures, starts, budgets
+    assert len(attacks) == 2 * 3 * 2  # pictures, starts, budgets
     assert {row["kind"] for row in attacks} == {"target", "control"}
     assert all(row["passes"] == 8 * row["num_steps"] for row in attacks)
     assert "| Gaussian | 2 |" in text

@@ -218,7 +218,7 @@ def test_edits_stay_within_a_budget(folder: Path, capsys: pytest.CaptureFixture[
     assert json.loads((tmp_path / "plain" / "unmemorize.json").read_text())["method"] == "curvature"
 
 
-@pytest.mark.parametrize("way", ["subnet", "output-vectors", "npo"])
+@pytest.mark.parametrize("way", ["output-vectors", "npo"])
 def test_an_edit_leaves_a_plain_folder_and_nothing_of_what_it_removed(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, way: str
 ) -> None:

@@ -55,7 +55,7 @@ def test_train_audit_remove_report(
     run = tmp_path / "run"
     assert main(words(material, run)) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"next: unmemorize audit {run}"
-    audit = ["audit", str(run), "--num-seeds", "2", "--num-steps", "2", "--guidance", "3", "--device", "cpu"]
+    audit = ["audit", str(run), "--num-seeds", "2", "--num-steps", "1", "--guidance", "3", "--device", "cpu"]
     assert main(audit) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == f"next: unmemorize report {run}"
