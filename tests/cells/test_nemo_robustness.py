@@ -45,7 +45,7 @@ def run_folder(folder: Path) -> Path:
     run.mkdir()
     table = write_table(run / "prompts.csv", ["a photo of the lighthouse", "stone garden"], group="target")
     (folder / "ordinary.csv").write_text("caption\na red cat\nthe blue house\nriver stone\n")
-    options = diffusion.NemoOptions(threshold=-1.0)
+    options = diffusion.NemoOptions(threshold=-1.0, num_samples=2)
     loading = diffusion.Loading(device="cpu")
 
     def tell(_: object) -> None: ...
