@@ -1,15 +1,17 @@
 """Do sinks isolate pictures? Train standard, dedup, cap:R and sinks on testbeds, measure every state, and attack.
 
-    python recipes/picture_sinks.py run TESTBED0 TESTBED1 TESTBED2 --out RUNS [--variants "grown carved values"]
+    python recipes/picture_sinks.py run TESTBED0 TESTBED1 TESTBED2 --out RUNS
+    python recipes/picture_sinks.py run TESTBED0 … --out SWEEP --rivals standard --variants "grown few values"
     python recipes/picture_sinks.py table RUNS
 
 From each testbed's general model, which has never seen them, eight of the pictures to memorize are trained on 500 times
-each among 1,000 general pictures that are seen once. A picture is a copy if its mean squared error to the training
-picture is at most 0.01, as in the testbeds; pictures are made without guidance, 20 DDIM steps, four seeds. Losses are
-of targets and of general pictures kept back from this training, by quarters of the noise levels, least noise first.
-Beside the states of sinks stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit.
-What is meant to be shipped is attacked by an optimized text embedding. `sinks.jsonl` gets one line a state; what is
-there is not made again.
+each (`--repeats`) among 1,000 general pictures that are seen once. The general model is all that is needed of a testbed
+(`"stages": ["general"]`). A picture is a copy if its mean squared error to the training picture is at most 0.01, as in
+the testbeds; pictures are made with 20 DDIM steps, four seeds, without guidance and with a guidance of 3. Losses are of
+targets and of general pictures kept back from this training, by quarters of the noise levels, least noise first. Beside
+the states of sinks stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit. What is
+meant to be shipped is attacked by an optimized text embedding, in the first variant alone. `sinks.jsonl` gets one line
+a state; what is there is not made again.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from unmemorize.isolate.picture_data import PictureBatch, PictureData, draw_batc
 from unmemorize.isolate.plan import SinkSettings
 from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
 from unmemorize.isolate.sink_files import load_with_sinks
+from unmemorize.isolate.states import State as SinkState
 from unmemorize.isolate.train_diffusion import PictureTrainSettings, split_pictures, train
 from unmemorize.models.diffusion import Kind, load
 from unmemorize.neurons import load_neurons
@@ -45,7 +48,7 @@ from unmemorize.remove.diffusion_edits import edit_values
 from unmemorize.remove.diffusion_moments import collect_second_moments
 from unmemorize.testbeds.diffusion import Testbed, load_testbed
 from unmemorize.testbeds.material import gather
-from unmemorize.testbeds.verification import CopySettings, copy_errors, make_pictures
+from unmemorize.testbeds.verification import COPY_ERROR, CopySettings, copy_errors, make_pictures
 from unmemorize.verbs import diffusion
 
 MIXTURE = MixtureSettings(num_repeated=8, repeats=500, num_once=1000, num_validation=100)
@@ -53,11 +56,12 @@ MIXTURE = MixtureSettings(num_repeated=8, repeats=500, num_once=1000, num_valida
 
 @dataclass(frozen=True)
 class Variant:
-    """Where sinks are, how many, and whose a picture opens that was trained on without its caption."""
+    """Where sinks are, how many, whose a picture opens that was trained on without its caption, and in which blocks."""
 
     kinds: tuple[Kind, ...]
     sinks: SinkSettings
     empty: Literal["own", "off"] = "own"
+    blocks: tuple[str, ...] | None = None
 
 
 _GROWN = SinkSettings(share_frac=1.0, grown=256, active_frac=None, sinks_per_id=32)
@@ -65,13 +69,21 @@ _HEADS = SinkSettings(share_frac=1.0, grown=96, active_frac=None, sinks_per_id=1
 VARIANTS = {
     "grown": Variant(("hidden",), _GROWN),
     "few": Variant(("hidden",), SinkSettings(share_frac=1.0, grown=64, active_frac=None, sinks_per_id=4)),
+    "few-of-many": Variant(
+        ("hidden",), SinkSettings(share_frac=1.0, grown=256, active_frac=None, sinks_per_id=8)
+    ),
     "carved": Variant(("hidden",), SinkSettings(share_frac=0.7, active_frac=0.3)),
     "values": Variant(("values",), _HEADS),
     "both": Variant(("hidden", "values"), _HEADS),
     "empty-off": Variant(("hidden",), _GROWN, "off"),
+    "down": Variant(("hidden",), _GROWN, blocks=("down",)),
+    "mid": Variant(("hidden",), _GROWN, blocks=("mid",)),
 }
-STATES = ("own", "off", "foreign", "all")
+STATES: tuple[SinkState, ...] = ("own", "off", "foreign")
+PROMPTED = "own, closed without a prompt"  # in the half of a guided batch that has none
+RIVALS = ("standard", "dedup", "cap:50", "general", "nemo", "edit")
 NUM_ATTACKED = 3
+GUIDANCE = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +105,7 @@ def settings_for(
         pipeline=str(testbed.model("general")),
         mixture=mixture,
         kinds=chosen.kinds,
+        blocks=chosen.blocks,
         empty_caption_sinks=chosen.empty,
         optimization=OptimizationSettings(batch_rows=8, learning_rate=1e-3, weight_decay=0.01),
         method=MethodSettings(sinks=chosen.sinks, compute="masked"),
@@ -102,28 +115,35 @@ def settings_for(
     )
 
 
-def states_of(run: Path, variant: str, testbed: Testbed, prompts: list[str]) -> Iterator[State]:
-    """Yield all states of the models of a run; with rivals also what is done after the fact to the standard model."""
+def states_of(
+    run: Path, variant: str, testbed: Testbed, prompts: list[str], rivals: Sequence[str]
+) -> Iterator[State]:
+    """Yield the states of a variant of sinks; with rivals (beside the first variant) all its states, and theirs."""
     pipe, plan = load_with_sinks(run / "models" / "sinks-seed0" / "pipeline")
     rows = read_json_lines(run / "examples.jsonl")
     repeated = torch.tensor([row["id"] for row in rows if row["group"] == "target"])
-    for name in STATES:
+    every: tuple[SinkState, ...] = (*STATES, "all") if rivals else STATES
+    for name in every:
         # Foreign sinks are those of another repeated picture, so that they are trained ones.
         candidates = repeated if name == "foreign" else None
         block = partial(sink_state, pipe, plan, name, candidates=candidates)
         yield State(f"sinks, {variant}", name, pipe, block)
-    if not (run / "models" / "standard-seed0").is_dir():
-        return
-    for model in ("dedup", "cap-50", "standard"):
-        pipe = load(run / "models" / f"{model}-seed0" / "pipeline", run_check=False)
-        yield State(model, "as trained", pipe, lambda ids: nullcontext())
-    yield State(
-        "general", "as trained", load(testbed.model("general"), run_check=False), lambda ids: nullcontext()
-    )
-    neurons = nemo_neurons(run, testbed, prompts)
-    yield State("standard", "NeMo's neurons off", pipe, lambda ids: deactivated(pipe, neurons))
-    edited = edit_values(pipe, prompts, collect_second_moments(pipe, testbed.captions()[:1000]))
-    yield State("standard", "closed-form edit", edited, lambda ids: nullcontext())
+    if rivals or VARIANTS[variant].empty == "off":
+        block = partial(sink_state, pipe, plan, "own", unconditional="off")
+        yield State(f"sinks, {variant}", PROMPTED, pipe, block)
+    for model in ("dedup", "cap:50", "standard", "general"):
+        folder = run / "models" / f"{model.replace(':', '-')}-seed0" / "pipeline"
+        if model in rivals:
+            folder = testbed.model("general") if model == "general" else folder
+            yield State(model, "as trained", load(folder, run_check=False), lambda ids: nullcontext())
+    if {"nemo", "edit"} & set(rivals):
+        pipe = load(run / "models" / "standard-seed0" / "pipeline", run_check=False)
+        if "nemo" in rivals:
+            neurons = nemo_neurons(run, testbed, prompts)
+            yield State("standard", "NeMo's neurons off", pipe, lambda ids: deactivated(pipe, neurons))
+        if "edit" in rivals:
+            edited = edit_values(pipe, prompts, collect_second_moments(pipe, testbed.captions()[:1000]))
+            yield State("standard", "closed-form edit", edited, lambda ids: nullcontext())
 
 
 def nemo_neurons(run: Path, testbed: Testbed, prompts: list[str]) -> Any:
@@ -139,27 +159,33 @@ def nemo_neurons(run: Path, testbed: Testbed, prompts: list[str]) -> Any:
     return load_neurons(out / "neurons.json")
 
 
-def measure(state: State, run: Path, data: PictureData, validation: Sequence[int]) -> dict[str, Any]:
-    """Measure copies, similarity, losses by noise level, and the attack in one state."""
+def measure(
+    state: State, run: Path, data: PictureData, validation: Sequence[int], num_attacked: int
+) -> dict[str, Any]:
+    """Measure copies with and without guidance, similarity, losses by noise level, and the attack in one state."""
     targets = [row for row in read_json_lines(run / "examples.jsonl") if row["group"] == "target"]
     state.pipe.set_progress_bar_config(disable=True)
-    errors, similar, attacked = [], [], []
+    errors: list[list[float]] = []
+    guided: list[list[float]] = []
+    similar, attacked = [], []
     for number, target in enumerate(targets):
         picture = read_picture(run / target["picture"])
         with block_for(state, target["id"], len(CopySettings().seeds)):
-            made = make_pictures(state.pipe, [target["caption"]], CopySettings())
-            errors.append(copy_errors(made, [run / target["picture"]]).flatten().tolist())
+            for found, settings in ((errors, CopySettings()), (guided, CopySettings(guidance=GUIDANCE))):
+                made = make_pictures(state.pipe, [target["caption"]], settings)
+                found.append(copy_errors(made, [run / target["picture"]]).flatten().tolist())
             call = partial(best_similarity, state.pipe, steps=20, guidance=1.0)
             similar.append(call({"prompt": target["caption"]}, picture, structure()))
-        if number < NUM_ATTACKED and state.state not in ("own", "foreign", "all"):
+        if number < num_attacked:
             with block_for(state, target["id"], 8):
-                found = attacked_embedding(state.pipe, picture, start=target["caption"])
+                attack = attacked_embedding(state.pipe, picture, start=target["caption"])
             with block_for(state, target["id"], len(CopySettings().seeds)):
-                attacked.append(call(found.embedding.arguments(), picture, structure()))
+                attacked.append(call(attack.embedding.arguments(), picture, structure()))
     rows = {id: row for row, id in reversed(list(enumerate(data.ids)))}
     target_rows = [rows[target["id"]] for target in targets]
     return {
         "errors": np.round(errors, 5).tolist(),
+        "guided_errors": np.round(guided, 5).tolist(),
         "similarity": np.round(similar, 4).tolist(),
         "attacked": np.round(attacked, 4).tolist(),
         "target_losses": losses(state, data, target_rows, 16),
@@ -194,28 +220,33 @@ def losses(state: State, data: PictureData, rows: Sequence[int], times: int) -> 
     return found
 
 
-def run_all(folders: Sequence[Path], out: Path, variants: Sequence[str]) -> None:
+def run_all(
+    folders: Sequence[Path], out: Path, variants: Sequence[str], rivals: Sequence[str], repeats: int
+) -> None:
     """Train and measure everything that is missing."""
     for folder in folders:
         testbed, path = load_testbed(folder), out / "sinks.jsonl"
         material = gather(testbed.settings)
         pictures = [*material.memorized, *material.general]
-        mixture = replace(MIXTURE, repeated_source=material.targets[0].source)
+        mixture = replace(MIXTURE, repeats=repeats, repeated_source=material.targets[0].source)
         data: PictureData | None = None
         for number, variant in enumerate(variants):
-            methods = ["standard", "dedup", "cap:50", "sinks"] if number == 0 else ["sinks"]
+            beside = tuple(rivals) if number == 0 else ()
+            trained = [name for name in ("standard", "dedup", "cap:50") if name in beside]
             run = out / f"{folder.name}-{variant}"
-            train(settings_for(testbed, mixture, variant, methods), pictures, run)
+            train(settings_for(testbed, mixture, variant, [*trained, "sinks"]), pictures, run)
             general = load(testbed.model("general"), run_check=False)
             data = encode_pictures(general, pictures) if data is None else data
             split = split_pictures(pictures, data.ids, mixture)
             lines = read_json_lines(path) if path.is_file() else []
             done = {(line["testbed"], line["model"], line["state"]) for line in lines}
             prompts = [pictures[row].caption for row in split.repeated]
-            for state in states_of(run, variant, testbed, prompts):
+            for state in states_of(run, variant, testbed, prompts, beside):
                 if (folder.name, state.model, state.state) not in done:
                     head = {"testbed": folder.name, "model": state.model, "state": state.state}
-                    append_json_line(path, head | measure(state, run, data, split.validation))
+                    is_shipped = beside and state.state not in ("own", PROMPTED, "foreign", "all")
+                    found = measure(state, run, data, split.validation, NUM_ATTACKED if is_shipped else 0)
+                    append_json_line(path, head | found)
                     print(folder.name, state.model, state.state, flush=True)
 
 
@@ -228,13 +259,17 @@ def table(out: Path) -> None:
         if (line["model"], line["state"]) == ("standard", "as trained")
     }
     print(
-        "| model | state | testbeds | copies | similarity | attacked | target loss, high noise | validation loss |"
+        "| model | state | testbeds | copies | copies, guidance 3 | similarity | attacked | target loss, high noise "
+        "| validation loss |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- " * 9 + "|")
     for model, state in dict.fromkeys((line["model"], line["state"]) for line in lines):
         mine = [line for line in lines if (line["model"], line["state"]) == (model, state)]
         cells = [
-            over([float(np.mean(np.array(line["errors"]) <= 0.01)) for line in mine]),
+            *(
+                over([float(np.mean(np.array(line[kind]) <= COPY_ERROR)) for line in mine])
+                for kind in ("errors", "guided_errors")
+            ),
             over([float(np.mean(line["similarity"])) for line in mine]),
             over([float(np.mean(line["attacked"])) for line in mine if line["attacked"]]),
             over([line["target_losses"][3] for line in mine], 3),
@@ -272,12 +307,17 @@ def main() -> None:
     parser.add_argument(
         "--variants", default="grown", help=f"of {', '.join(VARIANTS)}; rivals are trained beside the first"
     )
+    parser.add_argument(
+        "--rivals", default=" ".join(RIVALS), help="what is measured beside the first; standard is needed"
+    )
+    parser.add_argument("--repeats", type=int, default=MIXTURE.repeats, help="times a target is trained on")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     if chosen.command == "table":
         table(chosen.places[0])
     else:
-        run_all(chosen.places, chosen.out or Path("runs/picture-sinks"), chosen.variants.split())
+        out = chosen.out or Path("runs/picture-sinks")
+        run_all(chosen.places, out, chosen.variants.split(), chosen.rivals.split(), chosen.repeats)
 
 
 if __name__ == "__main__":

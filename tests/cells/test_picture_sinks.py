@@ -23,7 +23,8 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(RECIPES))
     module = importlib.import_module("picture_sinks")
     sinks = SinkSettings(share_frac=1.0, grown=16, active_frac=None, sinks_per_id=4)
-    monkeypatch.setattr(module, "VARIANTS", {"grown": module.Variant(("hidden",), sinks)})
+    variants = {"grown": module.Variant(("hidden",), sinks), "off": module.Variant(("hidden",), sinks, "off")}
+    monkeypatch.setattr(module, "VARIANTS", variants)
     monkeypatch.setattr(
         module, "MIXTURE", MixtureSettings(num_repeated=2, repeats=4, num_once=6, num_validation=4)
     )
@@ -35,17 +36,22 @@ def test_every_state_is_measured_once_and_tabled(
     tmp_path: Path, recipe: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     testbed = build_testbed(replace(TINY, size_px=16, stages=("general",)), tmp_path / "bed")
-    recipe.run_all([testbed.folder], tmp_path / "runs", ["grown"])
+    recipe.run_all([testbed.folder], tmp_path / "runs", ["grown", "off"], recipe.RIVALS, 4)
     lines = read_json_lines(tmp_path / "runs" / "sinks.jsonl")
     states = [(line["model"], line["state"]) for line in lines]
-    assert states[:4] == [("sinks, grown", state) for state in ("own", "off", "foreign", "all")]
+    assert states[:5] == [("sinks, grown", s) for s in ("own", "off", "foreign", "all", recipe.PROMPTED)]
+    assert states[-4:] == [("sinks, off", s) for s in ("own", "off", "foreign", recipe.PROMPTED)]
+    by_state = {(line["model"], line["state"]): line for line in lines}
+    for model in ("sinks, grown", "sinks, off"):  # without guidance there is no half without a prompt
+        own, prompted = (by_state[model, state] for state in ("own", recipe.PROMPTED))
+        assert own["errors"] == prompted["errors"] and own["guided_errors"] != prompted["guided_errors"]
     assert ("dedup", "as trained") in states and ("standard", "closed-form edit") in states
     assert all(len(line["errors"]) == 2 and len(line["target_losses"]) == 4 for line in lines)
     assert next(line["state"] for line in lines if line["attacked"]) == "off"
     own, off = (line["target_losses"] for line in lines[:2])
     assert own != off  # eight steps have moved the sinks of the targets
     capsys.readouterr()
-    recipe.run_all([testbed.folder], tmp_path / "runs", ["grown"])
+    recipe.run_all([testbed.folder], tmp_path / "runs", ["grown", "off"], recipe.RIVALS, 4)
     assert len(read_json_lines(tmp_path / "runs" / "sinks.jsonl")) == len(lines)
     recipe.table(tmp_path / "runs")
     table = capsys.readouterr().out
