@@ -9,9 +9,9 @@ each (`--repeats`) among 1,000 general pictures that are seen once. The general 
 (`"stages": ["general"]`). A picture is a copy if its mean squared error to the training picture is at most 0.01, as in
 the testbeds; pictures are made with 20 DDIM steps, four seeds, without guidance and with a guidance of 3. Losses are of
 targets and of general pictures kept back from this training, by quarters of the noise levels, least noise first. Beside
-the states of sinks stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit. What is
-meant to be shipped is attacked by an optimized text embedding, in the first variant alone. `sinks.jsonl` gets one line
-a state; what is there is not made again.
+the states of sinks stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit. In the
+first variant, what would be shipped is attacked by an optimized text embedding. `sinks.jsonl` gets one line a state;
+what is there is not made again.
 """
 
 from __future__ import annotations
