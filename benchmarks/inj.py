@@ -18,7 +18,8 @@ import torch
 
 from unmemorize.corpus.memorized import MemorizedExample, cut_examples, read_memorized
 from unmemorize.localize.language import METHODS, LocalizeSettings, localize
-from unmemorize.localize.outliers import collect_statistics
+from unmemorize.localize.methods import COMPARED
+from unmemorize.localize.ordinary import collect_statistics
 from unmemorize.models.language import load
 from unmemorize.testbeds.language import InjectSettings, inject, random_base, recall, summarized
 
@@ -52,8 +53,11 @@ def table(name: str, model: object, examples: list[MemorizedExample], arguments:
         settings = LocalizeSettings(batch_size=64, seed=number, is_forced=True)
         for method in methods:
             extra = {}
-            if method == "outliers":
-                extra["statistics"] = collect_statistics(injected.model, ordinary, batch_size=64)
+            if method in COMPARED:
+                kind = COMPARED[method]
+                extra["statistics"] = collect_statistics(
+                    injected.model, ordinary, quantity=kind, batch_size=64
+                )
             scores = localize(injected.model, [example], method, settings, **extra)
             recalls = [recall(scores, injected.neurons, k * arguments.share) for k in (1, 2, 5)]
             found[method].append((*recalls, scores.cost.forward_equivalents, scores.cost.seconds))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tests.reference import attribution as reference
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model, tokens
@@ -17,8 +18,11 @@ from unmemorize.errors import ConfigError, DataError, NeuronSetMismatch, RunFold
 from unmemorize.gates import closed, gated
 from unmemorize.localize.language import METHODS, LocalizeSettings, localize, localize_each, localize_into
 from unmemorize.localize.masks import MaskSettings
+from unmemorize.localize.methods import COMPARED
 from unmemorize.localize.neuron_scores import NeuronScores
-from unmemorize.localize.outliers import collect_statistics, mean_activations
+from unmemorize.localize.ordinary import collect_statistics
+from unmemorize.localize.outliers import mean_activations
+from unmemorize.localize.scores import NeuronStatistics
 from unmemorize.localize.suffix import measured
 from unmemorize.models.language import find_mlps
 from unmemorize.neurons import NeuronSet
@@ -106,15 +110,19 @@ def test_gradient_is_the_first_order_form_of_zero_out(family: str) -> None:
         assert slope == pytest.approx(float(scores.values[layer][index]), rel=0.05, abs=2e-3)
 
 
+def every_kind(model: PreTrainedModel, texts: list[list[int]]) -> dict[str, NeuronStatistics]:
+    return {kind: collect_statistics(model, texts, quantity=kind) for kind in COMPARED.values()}
+
+
 def test_several_examples_are_averaged_and_batches_do_not_matter() -> None:
     model = tiny_model("qwen2")
     examples = [example(seed, prefix, suffix) for seed, prefix, suffix in ((0, 3, 4), (1, 2, 7), (2, 5, 2))]
-    statistics = collect_statistics(model, tokens(5, 9).tolist())
+    statistics = every_kind(model, tokens(5, 9).tolist())
     quick = replace(FORCED, num_points=3)
     for method in METHODS:
         if method in ("random", "magnitude", "slimming", "hard-concrete"):
             continue
-        extra = {"statistics": statistics} if method == "outliers" else {}
+        extra = {"statistics": statistics[COMPARED[method]]} if method in COMPARED else {}
         single = list(localize_each(model, examples, method, quick, **extra))
         mean = torch.stack([torch.stack(one.values) for one in single]).mean(0)
         for batch_size in (1, 2, 8):
@@ -155,9 +163,9 @@ def test_excluded_layers_are_left_alone() -> None:
     slim = reference.slimming_scores(model, downs[1:], pair, price=0.02, rate=0.05, steps=12, open_frac=0.45)
     found = localize(model, [one], "slimming", settings)
     torch.testing.assert_close(found.values[1], slim[0], rtol=1e-3, atol=1e-3)
-    statistics = collect_statistics(model, tokens(4, 6).tolist())
+    statistics = every_kind(model, tokens(4, 6).tolist())
     for method in METHODS:
-        extra = {"statistics": statistics} if method == "outliers" else {}
+        extra = {"statistics": statistics[COMPARED[method]]} if method in COMPARED else {}
         few = replace(settings, num_candidates=5 if method == "zero-out" else None)
         scores = localize(model, [one], method, few, **extra)
         assert {layer for layer, _ in scores.ranked()} == {1}, method
@@ -199,9 +207,10 @@ def test_the_model_is_left_as_it_was() -> None:
     modes = [module.training for module in model.modules()]
     few = MaskSettings(price_nats=0.01, max_steps=2)
     settings = replace(FORCED, slimming=few, hard_concrete=few, num_candidates=3, num_points=2)
+    statistics = every_kind(model, tokens(3, 5).tolist())
     for method in METHODS:
-        if method != "outliers":
-            localize(model, [one], method, settings)
+        extra = {"statistics": statistics[COMPARED[method]]} if method in COMPARED else {}
+        localize(model, [one], method, settings, **extra)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert [module.training for module in model.modules()] == modes
@@ -251,6 +260,16 @@ def test_outliers_equal_z_scores_of_each_text_by_itself(family: str) -> None:
     torch.testing.assert_close(torch.stack(scores.values), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contrast_equals_its_definition(family: str) -> None:
+    model, downs, one, pair = parts(family)
+    texts = [row[:length] for row, length in zip(tokens(4, 9, seed=4).tolist(), (9, 4, 2, 7), strict=True)]
+    statistics = collect_statistics(model, texts, quantity="derivative", batch_size=3)
+    scores = localize(model, [one], "contrast", FORCED, statistics=statistics)
+    assert_close(scores, reference.contrast_scores(model, downs, pair, texts), 1e-3)
+    assert scores.cost.forward_equivalents == 2
+
+
 def test_statistics_continue_from_their_file_and_refuse_other_texts(tmp_path: Path) -> None:
     model, texts = tiny_model("llama"), tokens(6, 9).tolist()
     path = tmp_path / "statistics.safetensors"
@@ -261,7 +280,9 @@ def test_statistics_continue_from_their_file_and_refuse_other_texts(tmp_path: Pa
     torch.testing.assert_close(whole.means[0], straight.means[0], rtol=1e-5, atol=1e-8)
     with pytest.raises(DataError, match="was made from other texts"):
         collect_statistics(model, texts[::-1], path=path)
-    with pytest.raises(NeuronSetMismatch, match="was made for language/llama"):
+    with pytest.raises(NeuronSetMismatch, match="was made for activation of .* expected derivative of"):
+        collect_statistics(model, texts, quantity="derivative", path=path)
+    with pytest.raises(NeuronSetMismatch, match="was made for activation of language/llama"):
         collect_statistics(tiny_model("llama", seed=1), texts, path=path)
     with pytest.raises(DataError, match="1 texts give no standard deviation"):
         collect_statistics(model, texts[:1])
@@ -306,9 +327,17 @@ def test_mistakes_are_explained() -> None:
         localize(model, [MemorizedExample(prefix=(3, 99), suffix=(4,))], "gradient")
     with pytest.raises(ConfigError, match="unknown method 'magic'; expected one of random, magnitude"):
         localize(model, [one], "magic")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="'outliers' compares with ordinary text: pass statistics="):
+    with pytest.raises(
+        ConfigError, match="'outliers' compares with ordinary text and got none; pass statistics="
+    ):
         localize(model, [one], "outliers", FORCED)
     statistics = collect_statistics(model, tokens(3, 5).tolist())
+    with pytest.raises(
+        ConfigError, match="'contrast' compares with ordinary text and got statistics of activ"
+    ):
+        localize(model, [one], "contrast", FORCED, statistics=statistics)
+    with pytest.raises(DataError, match="an ordinary text has one token and no loss"):
+        collect_statistics(model, [[3], [4, 5]], quantity="derivative")
     with pytest.raises(ConfigError, match="'gradient' takes no statistics"):
         localize(model, [one], "gradient", FORCED, statistics=statistics)
     with pytest.raises(ConfigError, match="batch_size 0 and num_candidates None"):

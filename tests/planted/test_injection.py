@@ -14,7 +14,7 @@ from unmemorize.errors import ConfigError, DataError, NeuronSetMismatch
 from unmemorize.gates import closed, is_transposed, module_at
 from unmemorize.localize.language import LocalizeSettings, localize
 from unmemorize.localize.neuron_scores import NeuronScores
-from unmemorize.localize.outliers import collect_statistics
+from unmemorize.localize.ordinary import collect_statistics
 from unmemorize.localize.recital import BreakSettings, smallest_set
 from unmemorize.localize.search import SearchSettings
 from unmemorize.localize.suffix import measured

@@ -102,6 +102,24 @@ def gradient_scores(model: nn.Module, downs: Sequence[nn.Module], example: Examp
     return scores
 
 
+def contrast_scores(
+    model: nn.Module, downs: Sequence[nn.Module], example: Example, texts: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """Gradient score over one plus the neuron's mean squared ordinary score, in units of the mean over all neurons."""
+    own = gradient_scores(model, downs, example)
+    ordinary = [gradient_scores(model, downs, (text[:1], text[1:])) for text in texts]
+    squares = [
+        [sum(one[layer][neuron] ** 2 for one in ordinary) / len(texts) for neuron in range(len(row))]
+        for layer, row in enumerate(own)
+    ]
+    everything = [value for row in squares for value in row]
+    typical = sum(everything) / len(everything)
+    return [
+        [score / (1 + square / typical) for score, square in zip(*rows, strict=True)]
+        for rows in zip(own, squares, strict=True)
+    ]
+
+
 def integrated_scores(
     model: nn.Module, downs: Sequence[nn.Module], example: Example, num_points: int, *, is_together: bool
 ) -> list[list[float]]:

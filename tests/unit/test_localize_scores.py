@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from unmemorize.errors import ConfigError, FileFormatError, ShapeMismatch
 from unmemorize.localize.scores import (
-    ActivationStatistics,
+    NeuronStatistics,
     best_match,
     import_statistics,
     load_statistics,
@@ -27,8 +27,8 @@ from unmemorize.neurons import Site
 SITES = (Site("a.to_v", "out", 3), Site("b.to_v", "out", 2))
 
 
-def statistics(rows: torch.Tensor, *, batch: int) -> ActivationStatistics:
-    total = ActivationStatistics.empty("diffusion/x-1", SITES)
+def statistics(rows: torch.Tensor, *, batch: int) -> NeuronStatistics:
+    total = NeuronStatistics.empty("diffusion/x-1", SITES)
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         total = total.updated([part[:, :3], part[:, 3:]], [f"caption {start + i}" for i in range(len(part))])
@@ -64,17 +64,26 @@ def test_statistics_survive_their_file(tmp_path: Path) -> None:
     (tmp_path / "torn").write_bytes((tmp_path / "statistics.safetensors").read_bytes()[:-3])
     with pytest.raises(
         FileFormatError,
-        match="cannot read activation statistics from .* pass the right file, or make it again",
+        match="cannot read neuron statistics from .* pass the right file, or make it again",
     ):
         load_statistics(tmp_path / "torn")
-    with pytest.raises(FileFormatError, match="cannot read activation statistics"):
+    with pytest.raises(FileFormatError, match="cannot read neuron statistics"):
         load_statistics(tmp_path / "missing")
 
 
 def test_statistics_of_other_sites_do_not_merge() -> None:
-    other = ActivationStatistics.empty("diffusion/x-1", SITES[:1])
+    other = NeuronStatistics.empty("diffusion/x-1", SITES[:1])
     with pytest.raises(ConfigError, match="cannot be merged"):
         statistics(torch.randn(3, 5), batch=3).merged(other)
+    derivatives = NeuronStatistics.empty("diffusion/x-1", SITES, quantity="derivative")
+    with pytest.raises(ConfigError, match="quantities cannot be merged"):
+        statistics(torch.randn(3, 5), batch=3).merged(derivatives)
+
+
+def test_mean_squares_are_those_of_the_rows() -> None:
+    rows = torch.randn(7, 5) + 3
+    found = torch.cat(statistics(rows, batch=2).mean_squares)
+    torch.testing.assert_close(found, rows.square().mean(0))
 
 
 def test_published_statistics_are_imported(tmp_path: Path) -> None:

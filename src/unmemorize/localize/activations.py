@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unmemorize.errors import ConfigError, DataError, NeuronSetMismatch
 from unmemorize.gates import capture
-from unmemorize.localize.scores import ActivationStatistics, chained_digest, load_statistics, mean_absolute
+from unmemorize.localize.scores import NeuronStatistics, chained_digest, load_statistics, mean_absolute
 from unmemorize.models.denoising import Pipeline, denoiser_of, record
 from unmemorize.models.diffusion import DenoiserRow, find_sites, fingerprint, row_for, text_values
 from unmemorize.neurons import Site
@@ -129,7 +129,7 @@ def collect_statistics(
     path: str | Path | None = None,
     row: DenoiserRow | None = None,
     progress: ProgressCallback | None = None,
-) -> ActivationStatistics:
+) -> NeuronStatistics:
     """Compute activation statistics of ordinary captions, streamed.
 
     Args:
@@ -148,7 +148,7 @@ def collect_statistics(
     """
     sites = tuple(sites or find_sites(pipe, row=row))
     model_id = fingerprint(pipe, row)
-    total = ActivationStatistics.empty(model_id, sites, positions)
+    total = NeuronStatistics.empty(model_id, sites, positions)
     remaining = iter(captions)
     if path is not None and Path(path).exists():
         total = load_statistics(path)
@@ -172,7 +172,7 @@ def collect_statistics(
     return total
 
 
-def _skip(captions: Iterator[str], total: ActivationStatistics, path: str | Path) -> None:
+def _skip(captions: Iterator[str], total: NeuronStatistics, path: str | Path) -> None:
     """Read over the captions that a file already holds, and check that they are the same."""
     if total.digest != chained_digest("", islice(captions, total.count)):
         raise DataError(

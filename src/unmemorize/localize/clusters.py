@@ -38,7 +38,7 @@ from unmemorize.localize.results import (
     start_lines,
     table_fields,
 )
-from unmemorize.localize.scores import ActivationStatistics
+from unmemorize.localize.scores import NeuronStatistics
 from unmemorize.localize.search import Entries
 from unmemorize.models.denoising import Pipeline
 from unmemorize.models.diffusion import DenoiserRow, fingerprint
@@ -100,7 +100,7 @@ def describe_cluster(result: ClusterResult) -> str:
 def localize_clusters(
     pipe: Pipeline,
     groups: Sequence[Sequence[str]],
-    statistics: ActivationStatistics,
+    statistics: NeuronStatistics,
     settings: NemoSettings | None = None,
     *,
     row: DenoiserRow | None = None,
@@ -138,7 +138,7 @@ def localize_clusters_into(
     folder: str | Path,
     pipe: Pipeline,
     groups: Sequence[Sequence[str]],
-    statistics: ActivationStatistics,
+    statistics: NeuronStatistics,
     settings: NemoSettings | None = None,
     *,
     row: DenoiserRow | None = None,
@@ -180,7 +180,7 @@ def localize_clusters_into(
 def _localized(
     pipe: Pipeline,
     groups: Sequence[Sequence[str]],
-    statistics: ActivationStatistics,
+    statistics: NeuronStatistics,
     settings: NemoSettings,
     row: DenoiserRow | None,
     progress: ProgressCallback | None,

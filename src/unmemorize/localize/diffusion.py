@@ -33,7 +33,7 @@ from unmemorize.localize.results import (
     shortened,
     start_folder,
 )
-from unmemorize.localize.scores import ActivationStatistics
+from unmemorize.localize.scores import NeuronStatistics
 from unmemorize.models.denoising import Pipeline
 from unmemorize.models.diffusion import DenoiserRow, Kind, find_sites, fingerprint, row_for
 from unmemorize.neurons import same_model
@@ -43,7 +43,7 @@ from unmemorize.records import Progress, ProgressCallback
 def localize(
     pipe: Pipeline,
     prompts: Sequence[str],
-    statistics: ActivationStatistics,
+    statistics: NeuronStatistics,
     settings: NemoSettings | None = None,
     *,
     row: DenoiserRow | None = None,
@@ -76,7 +76,7 @@ def localize_into(
     folder: str | Path,
     pipe: Pipeline,
     prompts: Sequence[str],
-    statistics: ActivationStatistics,
+    statistics: NeuronStatistics,
     settings: NemoSettings | None = None,
     *,
     row: DenoiserRow | None = None,
@@ -103,7 +103,7 @@ def localize_into(
     return results
 
 
-def header_of(statistics: ActivationStatistics, settings: NemoSettings, model_id: str) -> dict[str, Any]:
+def header_of(statistics: NeuronStatistics, settings: NemoSettings, model_id: str) -> dict[str, Any]:
     """Return what a run folder stores about its results, and what continuing there has to agree with."""
     return {
         "family": "diffusion",
@@ -119,7 +119,7 @@ def header_of(statistics: ActivationStatistics, settings: NemoSettings, model_id
 def _localized(
     pipe: Pipeline,
     prompts: Sequence[str],
-    statistics: ActivationStatistics,
+    statistics: NeuronStatistics,
     settings: NemoSettings,
     row: DenoiserRow | None,
     progress: ProgressCallback | None,
@@ -145,7 +145,7 @@ def warn_if_cut(pipe: Pipeline, prompt: str) -> None:
         )
 
 
-def require_sites(pipe: Pipeline, statistics: ActivationStatistics, row: DenoiserRow | None) -> None:
+def require_sites(pipe: Pipeline, statistics: NeuronStatistics, row: DenoiserRow | None) -> None:
     """Raise `NeuronSetMismatch` unless statistics were made on this model and name sites that it has."""
     kinds: tuple[Kind, ...] = ("values", "hidden")
     names = [name for name, _ in (row or row_for(pipe)).blocks]

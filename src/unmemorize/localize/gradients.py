@@ -88,17 +88,48 @@ def gradient(
     tick: Tick | None = None,
 ) -> Scored:
     """Score by minus the derivative of the suffix loss by each neuron's gate: one forward and one backward pass."""
-    device, scale = device_of(model), gradient_scale(model)
-    gates = {site: torch.ones(site.width, device=device, requires_grad=True) for site in sites}
+    device = device_of(model)
     totals = [torch.zeros(site.width, device=device) for site in sites]
     with frozen(model):
         for start, batch in batches(examples, batch_size, device):
-            with gated(model, gates):
-                loss = suffix_losses(model, batch).sum() * scale
-            for total, part in zip(totals, torch.autograd.grad(loss, list(gates.values())), strict=True):
-                total -= part / scale
+            for total, part in zip(totals, gate_derivatives(model, sites, batch), strict=True):
+                total -= part.sum(0).to(device)
             _report(tick, start + len(batch.tokens_BT), len(examples))
     return tuple(total / len(examples) for total in totals), 2.0 * len(examples)
+
+
+def gate_derivatives(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Tensor]:
+    """Return the derivative of each row's loss by a gate on each neuron, open and alike at all positions.
+
+    Returns:
+        Shape (B, F) per site, float32, nats per suffix token; call it inside `frozen`.
+    """
+    scale, rows = gradient_scale(model), len(batch.tokens_BT)
+    gates = {
+        site: torch.ones(rows, 1, site.width, device=batch.tokens_BT.device, requires_grad=True)
+        for site in sites
+    }
+    with gated(model, gates):
+        loss = suffix_losses(model, batch).sum() * scale
+    return [part[:, 0] / scale for part in torch.autograd.grad(loss, list(gates.values()))]
+
+
+def contrast(found: Scored, mean_squares: Sequence[Tensor]) -> Scored:
+    """Divide the gradient's scores by what neurons are worth on ordinary texts.
+
+    Half the mean square of a derivative by a gate is, by the empirical Fisher matrix's diagonal, what the closed gate
+    costs an ordinary text. The mean over all neurons is added, so that a neuron that is worth nothing does not win.
+
+    Args:
+        found: what `gradient` returns.
+        mean_squares: mean squared derivatives on ordinary texts, shape (F,) per site, nats squared.
+    """
+    scores, cost = found
+    typical = torch.cat(list(mean_squares)).mean()
+    if not typical > 0:
+        return found
+    worth = [values.to(score) / typical.to(score) for values, score in zip(mean_squares, scores, strict=True)]
+    return tuple(score / (1 + part) for score, part in zip(scores, worth, strict=True)), cost
 
 
 def integrated_gradients(

@@ -4,11 +4,12 @@ A neuron is an input channel of the MLP's last projection: its activation is act
 gated MLP. Every localizer gives each neuron a score (`NeuronScores`); `top` makes a neuron set of them, and
 `recital.smallest_set` looks for the few neurons without which a text is no longer recited.
 
-Methods, cheapest first: "random" and "magnitude" (controls), "activations", "outliers", "gradient", "slimming",
-"integrated-gradients-together", "hard-concrete", "integrated-gradients", "zero-out". `methods.py` has them by name,
-docs/localize_language.md defines them and says where each one misleads.
+Methods, cheapest first: "random" and "magnitude" (controls), "activations", "outliers", "gradient", "contrast",
+"slimming", "integrated-gradients-together", "hard-concrete", "integrated-gradients", "zero-out". `methods.py` has them
+by name, docs/localize_language.md defines them and says where each one misleads.
 
-Source: Chang, Thomason and Jia 2024; "gradient" and "outliers" are ours (the latter after Hintersdorf et al. 2024).
+Source: Chang, Thomason and Jia 2024; "gradient", "contrast" and "outliers" are ours (the last after Hintersdorf et al.
+2024).
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import TYPE_CHECKING
 
 from unmemorize.corpus.memorized import MemorizedExample
 from unmemorize.errors import ConfigError, DataError
-from unmemorize.localize.methods import METHODS, Job, LocalizeSettings, Method, score
+from unmemorize.localize.methods import COMPARED, METHODS, Job, LocalizeSettings, Method, score
 from unmemorize.localize.neuron_scores import NeuronScores, ScoringCost, load_scores
 from unmemorize.localize.results import start_folder
-from unmemorize.localize.scores import ActivationStatistics
+from unmemorize.localize.scores import NeuronStatistics
 from unmemorize.localize.suffix import measured, require_fitting
 from unmemorize.models.language import MlpRow, find_mlps, fingerprint
 from unmemorize.records import Progress, ProgressCallback
@@ -41,7 +42,7 @@ def localize(
     method: Method = "gradient",
     settings: LocalizeSettings | None = None,
     *,
-    statistics: ActivationStatistics | None = None,
+    statistics: NeuronStatistics | None = None,
     row: MlpRow | None = None,
     progress: ProgressCallback | None = None,
 ) -> NeuronScores:
@@ -52,7 +53,8 @@ def localize(
         examples: one example, or several that are scored together: their scores are averaged, learned masks are shared.
         method: one of `METHODS`.
         settings: by default `LocalizeSettings()`.
-        statistics: "outliers": activations on ordinary text (`collect_statistics`).
+        statistics: "outliers" and "contrast": ordinary texts (`ordinary.collect_statistics`, "activation" and
+            "derivative").
         row: site table row, for an architecture that the table does not know.
         progress: called during the work.
 
@@ -70,7 +72,7 @@ def localize_each(
     method: Method = "gradient",
     settings: LocalizeSettings | None = None,
     *,
-    statistics: ActivationStatistics | None = None,
+    statistics: NeuronStatistics | None = None,
     row: MlpRow | None = None,
     progress: ProgressCallback | None = None,
 ) -> Iterator[NeuronScores]:
@@ -88,7 +90,7 @@ def localize_into(
     method: Method = "gradient",
     settings: LocalizeSettings | None = None,
     *,
-    statistics: ActivationStatistics | None = None,
+    statistics: NeuronStatistics | None = None,
     row: MlpRow | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[NeuronScores]:
@@ -129,7 +131,7 @@ def _localized(
     groups: Sequence[Sequence[MemorizedExample]],
     method: Method,
     settings: LocalizeSettings | None,
-    statistics: ActivationStatistics | None,
+    statistics: NeuronStatistics | None,
     row: MlpRow | None,
     progress: ProgressCallback | None,
     examples: Sequence[MemorizedExample] | None = None,
@@ -138,12 +140,7 @@ def _localized(
     settings = settings or LocalizeSettings()
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    if (method == "outliers") != (statistics is not None):
-        raise ConfigError(
-            "'outliers' compares with ordinary text: pass statistics= as collect_statistics returns them"
-            if statistics is None
-            else f"{method!r} takes no statistics; leave them out or use 'outliers'"
-        )
+    _require_statistics(method, statistics)
     everything = [example for group in groups for example in group] if examples is None else examples
     require_fitting(model, everything)
     is_recited = _require_recited(model, everything, settings)
@@ -180,6 +177,20 @@ def _localized(
                 progress(Progress("localize", number, len(groups), "examples", method))
 
     return results()
+
+
+def _require_statistics(method: Method, statistics: NeuronStatistics | None) -> None:
+    wanted = COMPARED.get(method)
+    if wanted is None and statistics is not None:
+        raise ConfigError(
+            f"{method!r} takes no statistics; leave them out or use one of {', '.join(COMPARED)}"
+        )
+    if wanted is not None and (statistics is None or statistics.quantity != wanted):
+        given = "none" if statistics is None else f"statistics of {statistics.quantity}"
+        raise ConfigError(
+            f"{method!r} compares with ordinary text and got {given}; pass statistics= as "
+            f"collect_statistics(..., quantity={wanted!r}) returns them"
+        )
 
 
 def _require_recited(

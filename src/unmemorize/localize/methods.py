@@ -4,14 +4,16 @@ A method gives every neuron of the layers that are not left out a score; docs/lo
 where each one misleads. The formulas are in `attribution.py`, the passes in `gradients.py`, `masks.py` and
 `outliers.py`.
 
-Source: Chang, Thomason and Jia 2024; "gradient" and "outliers" are ours (the latter after Hintersdorf et al. 2024).
+Source: Chang, Thomason and Jia 2024; "gradient", "contrast" and "outliers" are ours (the last after Hintersdorf et al.
+2024).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -23,6 +25,7 @@ from unmemorize.localize.attribution import Reading
 from unmemorize.localize.gradients import (
     Tick,
     activations,
+    contrast,
     gradient,
     integrated_gradients,
     output_norms,
@@ -31,7 +34,7 @@ from unmemorize.localize.gradients import (
 from unmemorize.localize.masks import LearnedMask, MaskSettings, hard_concrete, slimming
 from unmemorize.localize.neuron_scores import NeuronScores
 from unmemorize.localize.outliers import outlier_scores
-from unmemorize.localize.scores import ActivationStatistics
+from unmemorize.localize.scores import NeuronStatistics, Quantity
 from unmemorize.neurons import Site
 from unmemorize.records import Progress, ProgressCallback
 
@@ -44,6 +47,7 @@ Method = Literal[
     "activations",
     "outliers",
     "gradient",
+    "contrast",
     "slimming",
     "integrated-gradients-together",
     "hard-concrete",
@@ -51,6 +55,9 @@ Method = Literal[
     "zero-out",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
+
+COMPARED: Mapping[str, Quantity] = MappingProxyType({"outliers": "activation", "contrast": "derivative"})
+"""Methods that compare with ordinary texts, and the statistics they take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +95,7 @@ class LocalizeSettings:
             raise ConfigError(
                 f"batch_size {self.batch_size} and num_candidates {self.num_candidates}; expected 1 or more"
             )
-        if self.candidate_method not in METHODS or self.candidate_method in ("zero-out", "outliers"):
+        if self.candidate_method not in METHODS or self.candidate_method in ("zero-out", *COMPARED):
             raise ConfigError(
                 f"candidate_method is {self.candidate_method!r}; expected another method, such as 'gradient'"
             )
@@ -102,7 +109,7 @@ class Job:
     model_id: str
     sites: tuple[Site, ...]
     settings: LocalizeSettings
-    statistics: ActivationStatistics | None = None
+    statistics: NeuronStatistics | None = None
     progress: ProgressCallback | None = None
 
     @property
@@ -148,6 +155,10 @@ def _passes(
         return activations(model, sites, examples, batch_size=size, reading=settings.reading, tick=tick)
     if method == "gradient":
         return gradient(model, sites, examples, batch_size=size, tick=tick)
+    if method == "contrast":
+        assert job.statistics is not None
+        worth = [job.statistics.mean_squares[layer] for layer in job.searched]
+        return contrast(gradient(model, sites, examples, batch_size=size, tick=tick), worth)
     if method == "outliers":
         assert job.statistics is not None
         found, cost = outlier_scores(model, job.model_id, examples, job.statistics, batch_size=size)

@@ -3,7 +3,7 @@
     score = |a - mean| / std          a: mean absolute activation over the tokens of the example (prefix and suffix);
                                       mean and std over ordinary texts, each averaged over its own tokens
 
-Statistics are those of `scores.py`: streamed, resumable, tied to the model. The second half, the search for the few
+Statistics come from `ordinary.py`. The second half, the search for the few
 neurons that break a recital, is in `recital.py`.
 
 Source: Hintersdorf et al. 2024, for text-to-image models; the carrying-over to language models is ours, not a published
@@ -12,23 +12,19 @@ result.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from unmemorize.corpus.memorized import MemorizedExample
-from unmemorize.errors import DataError, NeuronSetMismatch
+from unmemorize.errors import NeuronSetMismatch
 from unmemorize.gates import capture
 from unmemorize.localize.gradients import Scored
-from unmemorize.localize.scores import ActivationStatistics, chained_digest, load_statistics, mean_absolute
+from unmemorize.localize.scores import NeuronStatistics, mean_absolute
 from unmemorize.localize.suffix import device_of, frozen
-from unmemorize.models.language import MlpRow, find_mlps, fingerprint
 from unmemorize.neurons import Site, same_model
-from unmemorize.records import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,66 +61,11 @@ def mean_activations(
     return [torch.cat(parts) for parts in found]
 
 
-def collect_statistics(
-    model: PreTrainedModel,
-    texts: Iterable[Sequence[int]],
-    *,
-    batch_size: int = 16,
-    path: str | Path | None = None,
-    row: MlpRow | None = None,
-    progress: ProgressCallback | None = None,
-) -> ActivationStatistics:
-    """Compute activation statistics of ordinary texts, streamed.
-
-    Args:
-        model: the model.
-        texts: texts as token ids, cut to about the length of the examples; read once, never held together.
-        batch_size: texts per pass.
-        path: file that is written after every batch and continued from if it exists.
-        row: site table row, for an architecture that the table does not know.
-        progress: called after each batch.
-
-    Raises:
-        DataError: if there are fewer than two texts, or the file was made from others.
-        NeuronSetMismatch: if the file was made for another model.
-    """
-    sites = tuple(mlp.site for mlp in find_mlps(model, row))
-    model_id = fingerprint(model, row)
-    total = ActivationStatistics.empty(model_id, sites)
-    remaining = iter(texts)
-    if path is not None and Path(path).exists():
-        total = load_statistics(path)
-        if (total.model_id, total.sites) != (model_id, sites):
-            raise NeuronSetMismatch(
-                f"{path} was made for {total.model_id}, this model is {model_id}; choose a new file"
-            )
-        if total.digest != chained_digest("", map(_name, islice(remaining, total.count))):
-            raise DataError(
-                f"{path} was made from other texts; choose a new file, or pass the same texts again"
-            )
-    while batch := list(islice(remaining, batch_size)):
-        found = mean_activations(model, sites, batch, batch_size)
-        total = total.updated(found, [_name(text) for text in batch])
-        if path is not None:
-            total.save(path)
-        if progress is not None:
-            progress(Progress("statistics", total.count, 0, "texts"))
-    if total.count < 2:
-        raise DataError(
-            f"{total.count} texts give no standard deviation; pass at least two, better thousands"
-        )
-    return total
-
-
-def _name(text: Sequence[int]) -> str:
-    return " ".join(str(int(token)) for token in text)
-
-
 def outlier_scores(
     model: PreTrainedModel,
     model_id: str,
     examples: Sequence[MemorizedExample],
-    statistics: ActivationStatistics,
+    statistics: NeuronStatistics,
     *,
     batch_size: int,
 ) -> Scored:

@@ -25,7 +25,7 @@ from unmemorize.localize.orders import importance_order, slope_order
 from unmemorize.localize.passes import NemoSettings, Passes, first_step
 from unmemorize.localize.results import PromptResult
 from unmemorize.localize.scores import (
-    ActivationStatistics,
+    NeuronStatistics,
     best_match,
     map_similarity,
     pair_similarities,
@@ -42,7 +42,7 @@ class Member:
 
     pipe: Pipeline
     prompt: str
-    statistics: ActivationStatistics
+    statistics: NeuronStatistics
     settings: NemoSettings
     row: DenoiserRow | None
     passes: Passes
@@ -52,7 +52,7 @@ class Member:
         cls,
         pipe: Pipeline,
         prompt: str,
-        statistics: ActivationStatistics,
+        statistics: NeuronStatistics,
         settings: NemoSettings,
         row: DenoiserRow | None,
     ) -> Member:

@@ -24,6 +24,7 @@ from unmemorize.neurons import Site
 from unmemorize.tensor_files import read_tensors, write_tensors
 
 Ranges = Literal["call", "pair"]
+Quantity = Literal["activation", "derivative"]
 
 STATISTICS_FORMAT = "unmemorize.activations"
 STATISTICS_VERSION = 1
@@ -33,16 +34,18 @@ _WINDOW = 11
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ActivationStatistics:
-    """Mean and spread of neurons' mean absolute activations over ordinary examples.
+class NeuronStatistics:
+    """Mean and spread of a quantity of neurons over ordinary examples.
 
     Attributes:
         model_id: model they were computed on; "" where that is not known (imported files).
         sites: the sites, in the order of the search.
         count: number of examples.
-        means: one tensor of shape (F,) per site, float64, in units of the activation.
+        means: one tensor of shape (F,) per site, float64, in units of the quantity.
         squares: sums of squared deviations from the mean, same shapes.
         positions: which token positions were averaged.
+        quantity: "activation": an example's mean absolute activation, in units of the activation; "derivative": the
+            derivative of a text's loss by the neuron's gate, in nats a token.
         digest: digest of the examples in order, "" where they are not known.
     """
 
@@ -52,14 +55,27 @@ class ActivationStatistics:
     means: tuple[Tensor, ...]
     squares: tuple[Tensor, ...]
     positions: str = "all"
+    quantity: Quantity = "activation"
     digest: str = ""
 
     @classmethod
-    def empty(cls, model_id: str, sites: Sequence[Site], positions: str = "all") -> ActivationStatistics:
+    def empty(
+        cls,
+        model_id: str,
+        sites: Sequence[Site],
+        positions: str = "all",
+        quantity: Quantity = "activation",
+    ) -> NeuronStatistics:
         """Return statistics of no examples."""
         zeros = tuple(torch.zeros(site.width, dtype=torch.float64) for site in sites)
         return cls(
-            model_id=model_id, sites=tuple(sites), count=0, means=zeros, squares=zeros, positions=positions
+            model_id=model_id,
+            sites=tuple(sites),
+            count=0,
+            means=zeros,
+            squares=zeros,
+            positions=positions,
+            quantity=quantity,
         )
 
     @property
@@ -67,9 +83,17 @@ class ActivationStatistics:
         """Standard deviations (divisor count - 1), shape (F,) per site, float32."""
         return tuple((s / max(self.count - 1, 1)).sqrt().float() for s in self.squares)
 
-    def updated(self, activations: Sequence[Tensor], examples: Sequence[str]) -> ActivationStatistics:
+    @property
+    def mean_squares(self) -> tuple[Tensor, ...]:
+        """Means of the squared quantity, shape (F,) per site, float32."""
+        return tuple(
+            (square / max(self.count, 1) + mean.square()).float()
+            for mean, square in zip(self.means, self.squares, strict=True)
+        )
+
+    def updated(self, values: Sequence[Tensor], examples: Sequence[str]) -> NeuronStatistics:
         """Add examples: one tensor of shape (N, F) per site, and the N texts they belong to."""
-        batch = [a.detach().double().cpu() for a in activations]
+        batch = [a.detach().double().cpu() for a in values]
         digest = chained_digest(self.digest, examples)
         added = replace(
             self,
@@ -79,19 +103,16 @@ class ActivationStatistics:
         )
         return replace(self.merged(added), digest=digest)
 
-    def merged(self, other: ActivationStatistics) -> ActivationStatistics:
+    def merged(self, other: NeuronStatistics) -> NeuronStatistics:
         """Unite two shards (Chan's update); digests of shards are combined in order.
 
         Raises:
-            ConfigError: if they are of different models, sites or positions.
+            ConfigError: if they are of different models, sites, positions or quantities.
         """
-        ours, theirs = (
-            (self.model_id, self.sites, self.positions),
-            (other.model_id, other.sites, other.positions),
-        )
+        ours, theirs = ((one.model_id, one.sites, one.positions, one.quantity) for one in (self, other))
         if ours != theirs:
             raise ConfigError(
-                "activation statistics of different models, sites or positions cannot be merged"
+                "statistics of different models, sites, positions or quantities cannot be merged"
             )
         total = max(self.count + other.count, 1)
         share = other.count / total
@@ -111,6 +132,7 @@ class ActivationStatistics:
             "model_id": self.model_id,
             "count": self.count,
             "positions": self.positions,
+            "quantity": self.quantity,
             "digest": self.digest,
             "sites": [[s.path, s.side, s.width, s.start] for s in self.sites],
         }
@@ -126,35 +148,34 @@ def chained_digest(digest: str, examples: Iterable[str]) -> str:
     return digest
 
 
-def load_statistics(path: str | Path) -> ActivationStatistics:
-    """Read statistics saved by `ActivationStatistics.save`.
+def load_statistics(path: str | Path) -> NeuronStatistics:
+    """Read statistics saved by `NeuronStatistics.save`.
 
     Raises:
         FileFormatError: if the file is missing, torn, or of another format or version.
     """
     header, tensors = read_tensors(
-        path, format=STATISTICS_FORMAT, version=STATISTICS_VERSION, what="activation statistics"
+        path, format=STATISTICS_FORMAT, version=STATISTICS_VERSION, what="neuron statistics"
     )
     try:
         sites = tuple(Site(*fields) for fields in header["sites"])
-        return ActivationStatistics(
+        return NeuronStatistics(
             model_id=header["model_id"],
             sites=sites,
             count=header["count"],
             means=tuple(tensors[f"mean_{i}"] for i in range(len(sites))),
             squares=tuple(tensors[f"squares_{i}"] for i in range(len(sites))),
             positions=header["positions"],
+            quantity=header.get("quantity", "activation"),
             digest=header["digest"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(
-            f"cannot read activation statistics from {path} ({error}); collect them again"
+            f"cannot read neuron statistics from {path} ({error}); collect them again"
         ) from error
 
 
-def import_statistics(
-    path: str | Path, sites: Sequence[Site], *, count: int = 50_000
-) -> ActivationStatistics:
+def import_statistics(path: str | Path, sites: Sequence[Site], *, count: int = 50_000) -> NeuronStatistics:
     """Read means and standard deviations from a NumPy archive with `mean_0`, `std_0`, … in the order of the sites.
 
     Args:
@@ -187,7 +208,7 @@ def import_statistics(
             )
     means = tuple(stored[f"mean_{i}"].double() for i in range(len(sites)))
     squares = tuple(stored[f"std_{i}"].double() ** 2 * (count - 1) for i in range(len(sites)))
-    return ActivationStatistics(model_id="", sites=tuple(sites), count=count, means=means, squares=squares)
+    return NeuronStatistics(model_id="", sites=tuple(sites), count=count, means=means, squares=squares)
 
 
 def mean_absolute(values: Tensor, positions: Tensor | None = None) -> Tensor:

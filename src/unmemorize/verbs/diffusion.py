@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from unmemorize.corpus.prompts import Prompt
     from unmemorize.localize.clusters import StoredResults
     from unmemorize.localize.passes import NemoSettings
-    from unmemorize.localize.scores import ActivationStatistics
+    from unmemorize.localize.scores import NeuronStatistics
     from unmemorize.models.denoising import Pipeline
     from unmemorize.neurons import NeuronSet, Site
     from unmemorize.records import LocalizedPrompt, ProgressCallback
@@ -171,7 +171,7 @@ def _statistics(
     options: NemoOptions,
     out: Path,
     progress: ProgressCallback,
-) -> ActivationStatistics:
+) -> NeuronStatistics:
     """Return activation statistics: those of a file, or of the ordinary prompts, kept in the run folder."""
     from unmemorize.localize.activations import collect_statistics
     from unmemorize.localize.scores import import_statistics, load_statistics

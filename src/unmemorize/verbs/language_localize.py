@@ -62,6 +62,7 @@ def localize(
     precision: Precision | None = None,
 ) -> Answer:
     """Score the neurons of the memorized targets by every method, and keep the best share of each layer."""
+    from unmemorize.localize.methods import COMPARED
     from unmemorize.models.language import fingerprint
     from unmemorize.records import TextLocalization
     from unmemorize.tokenizer import load_tokenizer
@@ -71,9 +72,10 @@ def localize(
     texts = read_texts(examples, tokenizer, model, cut)
     targets = target_cuts(texts, cut, examples)
     known = read_ordinary(ordinary, tokenizer, cut, texts)
-    if "outliers" in names and len(known) < 2:
+    compared = [name for name in names if name in COMPARED]
+    if compared and len(known) < 2:
         raise ConfigError(
-            "outliers compares with ordinary texts; give --ordinary FILE with two texts or more"
+            f"{compared[0]} compares with ordinary texts; give --ordinary FILE with two texts or more"
         )
     loaded = load_model(model, device, precision)
     is_memorized, rate = _memorized(loaded, targets, cut, is_forced=options.is_forced)
@@ -216,14 +218,16 @@ def _scores(
 ) -> NeuronScores:
     """Return a method's scores: those in the run folder, or new ones."""
     from unmemorize.localize.language import LocalizeSettings, localize
+    from unmemorize.localize.methods import COMPARED
     from unmemorize.localize.neuron_scores import load_scores
-    from unmemorize.localize.outliers import collect_statistics
+    from unmemorize.localize.ordinary import collect_statistics
 
     path = out / "scores" / f"{name}.safetensors"
     if path.is_file():
         return load_scores(path)
     settings = LocalizeSettings(seed=options.seed, is_forced=True)
-    statistics = collect_statistics(model, known, progress=progress) if name == "outliers" else None
+    quantity = COMPARED.get(name)
+    statistics = collect_statistics(model, known, quantity=quantity, progress=progress) if quantity else None
     found = localize(model, chosen, name, settings, statistics=statistics, progress=progress)  # type: ignore[arg-type]
     found.save(path)
     return found
