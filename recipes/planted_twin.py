@@ -20,8 +20,9 @@ import argparse
 import gzip
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ from unmemorize.isolate.language import sink_state
 from unmemorize.isolate.plan import load_plan
 from unmemorize.isolate.runs import model_folder, read_run
 from unmemorize.localize.language import localize
-from unmemorize.localize.neuron_scores import ScoringCost
+from unmemorize.localize.methods import COMPARED
+from unmemorize.localize.neuron_scores import NeuronScores, ScoringCost
+from unmemorize.localize.ordinary import collect_statistics
 from unmemorize.localize.recital import BreakSettings, smallest_set
 from unmemorize.models.language import find_mlps, load, signature
 from unmemorize.neurons import NeuronSet
@@ -57,10 +60,11 @@ from unmemorize.report import plots
 from unmemorize.tokenizer import encode_documents, load_tokenizer
 
 PREFIX_TOKENS, SUFFIX_TOKENS = 32, 32
-SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
 BUDGETS = (0.02, 0.10)
 NUM_RETAIN = 256
-LOCALIZERS = ("activations", "gradient", "slimming", "hard-concrete")
+LOCALIZERS = ("activations", "gradient", "contrast", "slimming", "hard-concrete")
+EVERYWHERE = ("gradient", "contrast")  # also ranked over all layers together
 BREAKS = (0.8, 0.5)  # likelihood of the targets that the search may leave, 0..1
 CLOSED = "sinks, closed"
 WORDS = "Drop of target extraction over rise of perplexity, means over seeds"
@@ -135,20 +139,34 @@ def neuron_sets(
 
     for name, by_site in controls.items():
         yield name, partial(lambda by_site: (partial(top, by_site), ScoringCost()), by_site)
-    examples = cut_examples(material.groups["target"], PREFIX_TOKENS, SUFFIX_TOKENS)
+    scored = cache(partial(scores_of, model, material))
 
-    def scored(name: str) -> tuple[Any, ScoringCost]:
-        scores = localize(model, examples, name)
-        return scores.top, scores.cost
+    def chosen(name: str, per_layer: bool) -> tuple[Any, ScoringCost]:
+        found = scored(name)
+        return partial(found.top, per_layer=per_layer), found.cost
 
     for name in LOCALIZERS:
-        yield name, partial(scored, name)
+        yield name, partial(chosen, name, True)
+    for name in EVERYWHERE:
+        yield f"{name}, over all layers", partial(chosen, name, False)
 
 
-def searched(model: Any, material: Material) -> Callable[[float], Edit]:
-    """Return the search for few neurons along the gradient's ranking: likelihood that may be left -> edit."""
+def scores_of(model: Any, material: Material, name: str) -> NeuronScores:
+    """Score neurons for the targets; what a comparison with ordinary texts takes is added to the cost."""
     examples = cut_examples(material.groups["target"], PREFIX_TOKENS, SUFFIX_TOKENS)
-    scores = cache(partial(localize, model, examples, "gradient"))
+    if name not in COMPARED:
+        return localize(model, examples, name)  # type: ignore[arg-type]
+    started = time.monotonic()
+    statistics = collect_statistics(model, material.retain, quantity=COMPARED[name])
+    seconds, passes = time.monotonic() - started, 2.0 * statistics.count
+    scores = localize(model, examples, name, statistics=statistics)  # type: ignore[arg-type]
+    return replace(scores, cost=scores.cost + ScoringCost(forward_equivalents=passes, seconds=seconds))
+
+
+def searched(model: Any, material: Material, name: str) -> Callable[[float], Edit]:
+    """Return the search for few neurons along a ranking: likelihood that may be left -> edit."""
+    examples = cut_examples(material.groups["target"], PREFIX_TOKENS, SUFFIX_TOKENS)
+    scores = cache(partial(scores_of, model, material, name))
 
     def broken(left_frac: float) -> Edit:
         found = smallest_set(model, examples, scores(), BreakSettings(threshold_frac=left_frac))
@@ -188,9 +206,10 @@ def edits(model: Any, material: Material) -> Iterator[tuple[str, float, Callable
         once = cache(score)
         for share in SHARES:
             yield name, share, partial(folded, once, share)
-    search = searched(model, material)
-    for left_frac in BREAKS:
-        yield "search", 1 - left_frac, partial(search, left_frac)
+    for name in EVERYWHERE:
+        search = searched(model, material, name)
+        for left_frac in BREAKS:
+            yield f"search along {name}", 1 - left_frac, partial(search, left_frac)
     every = tuple(range(len(find_mlps(model))))
     for name, layers in (("svd", None), ("svd, all layers", every)):
         for gate in (0.1, 0.25, 0.5, 0.75, 0.9):

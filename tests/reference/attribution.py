@@ -105,19 +105,16 @@ def gradient_scores(model: nn.Module, downs: Sequence[nn.Module], example: Examp
 def contrast_scores(
     model: nn.Module, downs: Sequence[nn.Module], example: Example, texts: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """Gradient score over one plus the neuron's mean squared ordinary score, in units of the mean over all neurons."""
+    """Gradient score less its mean over texts, over one plus its mean square in units of the mean over all neurons."""
     own = gradient_scores(model, downs, example)
     ordinary = [gradient_scores(model, downs, (text[:1], text[1:])) for text in texts]
-    squares = [
-        [sum(one[layer][neuron] ** 2 for one in ordinary) / len(texts) for neuron in range(len(row))]
-        for layer, row in enumerate(own)
-    ]
-    everything = [value for row in squares for value in row]
-    typical = sum(everything) / len(everything)
-    return [
-        [score / (1 + square / typical) for score, square in zip(*rows, strict=True)]
-        for rows in zip(own, squares, strict=True)
-    ]
+    places = [(layer, neuron) for layer, row in enumerate(own) for neuron in range(len(row))]
+    squares = {(i, j): sum(one[i][j] ** 2 for one in ordinary) / len(texts) for i, j in places}
+    typical = sum(squares.values()) / len(squares)
+    for i, j in places:
+        usual = sum(one[i][j] for one in ordinary) / len(texts)
+        own[i][j] = (own[i][j] - usual) / (1 + squares[i, j] / typical)
+    return own
 
 
 def integrated_scores(

@@ -114,22 +114,24 @@ def gate_derivatives(model: nn.Module, sites: Sequence[Site], batch: Batch) -> l
     return [part[:, 0] / scale for part in torch.autograd.grad(loss, list(gates.values()))]
 
 
-def contrast(found: Scored, mean_squares: Sequence[Tensor]) -> Scored:
-    """Divide the gradient's scores by what neurons are worth on ordinary texts.
+def contrast(found: Scored, means: Sequence[Tensor], mean_squares: Sequence[Tensor]) -> Scored:
+    """Subtract from the gradient's scores what they are on ordinary texts, and divide by what neurons are worth there.
 
     Half the mean square of a derivative by a gate is, by the empirical Fisher matrix's diagonal, what the closed gate
     costs an ordinary text. The mean over all neurons is added, so that a neuron that is worth nothing does not win.
 
     Args:
         found: what `gradient` returns.
-        mean_squares: mean squared derivatives on ordinary texts, shape (F,) per site, nats squared.
+        means: mean derivatives on ordinary texts, shape (F,) per site, nats a token.
+        mean_squares: mean squared derivatives, same shapes, nats squared.
     """
     scores, cost = found
     typical = torch.cat(list(mean_squares)).mean()
-    if not typical > 0:
-        return found
-    worth = [values.to(score) / typical.to(score) for values, score in zip(mean_squares, scores, strict=True)]
-    return tuple(score / (1 + part) for score, part in zip(scores, worth, strict=True)), cost
+    worth = mean_squares if not typical > 0 else [values / typical for values in mean_squares]
+    return tuple(
+        (score + mean.to(score)) / (1 + part.to(score))
+        for score, mean, part in zip(scores, means, worth, strict=True)
+    ), cost
 
 
 def integrated_gradients(

@@ -157,8 +157,11 @@ def _passes(
         return gradient(model, sites, examples, batch_size=size, tick=tick)
     if method == "contrast":
         assert job.statistics is not None
-        worth = [job.statistics.mean_squares[layer] for layer in job.searched]
-        return contrast(gradient(model, sites, examples, batch_size=size, tick=tick), worth)
+        means, squares = (
+            [values[layer] for layer in job.searched]
+            for values in (job.statistics.means, job.statistics.mean_squares)
+        )
+        return contrast(gradient(model, sites, examples, batch_size=size, tick=tick), means, squares)
     if method == "outliers":
         assert job.statistics is not None
         found, cost = outlier_scores(model, job.model_id, examples, job.statistics, batch_size=size)
