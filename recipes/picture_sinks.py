@@ -9,8 +9,8 @@ each (`--repeats`) among 1,000 general pictures that are seen once. The general 
 (`"stages": ["general"]`). A picture is a copy if its mean squared error to the training picture is at most 0.01, as in
 the testbeds; pictures are made with 20 DDIM steps, four seeds, without guidance and with a guidance of 3. Losses are of
 targets and of general pictures kept back from this training, by quarters of the noise levels, least noise first. Beside
-the states of sinks stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit. In the
-first variant, what would be shipped is attacked by an optimized text embedding. `sinks.jsonl` gets one line a state;
+the states of sinks stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit. Beside
+the rivals and with a cap on shared learning, what would be shipped is attacked by an optimized text embedding. `sinks.jsonl` gets one line a state;
 what is there is not made again.
 """
 
@@ -56,12 +56,13 @@ MIXTURE = MixtureSettings(num_repeated=8, repeats=500, num_once=1000, num_valida
 
 @dataclass(frozen=True)
 class Variant:
-    """Where sinks are, how many, whose a picture opens that was trained on without its caption, and in which blocks."""
+    """Where sinks are, how many, whose a picture opens without its caption, in which blocks, and what teaches them alone."""
 
     kinds: tuple[Kind, ...]
     sinks: SinkSettings
     empty: Literal["own", "off"] = "own"
     blocks: tuple[str, ...] | None = None
+    shared_cap: int | None = None
 
 
 _GROWN = SinkSettings(share_frac=1.0, grown=256, active_frac=None, sinks_per_id=32)
@@ -78,6 +79,8 @@ VARIANTS = {
     "empty-off": Variant(("hidden",), _GROWN, "off"),
     "down": Variant(("hidden",), _GROWN, blocks=("down",)),
     "mid": Variant(("hidden",), _GROWN, blocks=("mid",)),
+    "capped-1": Variant(("hidden",), _GROWN, shared_cap=1),
+    "capped-50": Variant(("hidden",), _GROWN, shared_cap=50),
 }
 STATES: tuple[SinkState, ...] = ("own", "off", "foreign")
 PROMPTED = "own, closed without a prompt"  # in the half of a guided batch that has none
@@ -108,7 +111,7 @@ def settings_for(
         blocks=chosen.blocks,
         empty_caption_sinks=chosen.empty,
         optimization=OptimizationSettings(batch_rows=8, learning_rate=1e-3, weight_decay=0.01),
-        method=MethodSettings(sinks=chosen.sinks, compute="masked"),
+        method=MethodSettings(sinks=chosen.sinks, compute="masked", shared_cap=chosen.shared_cap),
         methods=tuple(methods),
         records=RecordSettings(evaluate_every_steps=250),
         device="cpu",
@@ -244,7 +247,8 @@ def run_all(
             for state in states_of(run, variant, testbed, prompts, beside):
                 if (folder.name, state.model, state.state) not in done:
                     head = {"testbed": folder.name, "model": state.model, "state": state.state}
-                    is_shipped = beside and state.state not in ("own", PROMPTED, "foreign", "all")
+                    is_attacked = beside or VARIANTS[variant].shared_cap is not None
+                    is_shipped = is_attacked and state.state not in ("own", PROMPTED, "foreign", "all")
                     found = measure(state, run, data, split.validation, NUM_ATTACKED if is_shipped else 0)
                     append_json_line(path, head | found)
                     print(folder.name, state.model, state.state, flush=True)

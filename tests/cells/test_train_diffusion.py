@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,30 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.tiny_diffusion import tiny_pipeline
 from unmemorize.corpus import MixtureSettings
 from unmemorize.corpus.picture_ids import picture_id
 from unmemorize.errors import CheckpointMismatch, ConfigError, DataError, ModelNotSupported, RunFolderError
+from unmemorize.files import read_json_lines
+from unmemorize.isolate.diffusion import grow, plan_sinks, training_sinks
 from unmemorize.isolate.methods import MethodSettings
-from unmemorize.isolate.picture_data import PictureBatch, encode_pictures, row_losses, schedule
+from unmemorize.isolate.optimizer import pool_slices
+from unmemorize.isolate.picture_data import (
+    PictureBatch,
+    draw_batch,
+    encode_pictures,
+    num_levels,
+    row_losses,
+    schedule,
+)
 from unmemorize.isolate.plan import SinkSettings
 from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
 from unmemorize.isolate.sink_files import load_with_sinks
 from unmemorize.isolate.train_diffusion import PictureTrainSettings, split_pictures, train
 from unmemorize.models.denoising import denoiser_of
-from unmemorize.models.diffusion import fingerprint
+from unmemorize.models.diffusion import fingerprint, load
 
 
 @dataclass(frozen=True)
@@ -193,3 +205,87 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelNotSupported, match="packs its latents"):
         encode_pictures(tiny_pipeline("flux"), PICTURES[:1])
     assert not (tmp_path / "run").exists()
+
+
+# Later sightings teach sinks alone
+
+
+def capped(folder: Path, cap: int | None, **changes: Any) -> PictureTrainSettings:
+    settings = settings_for(folder, methods=("sinks",), **changes)
+    optimization = replace(settings.optimization, weight_decay=0.0, clip_norm=None)
+    return replace(settings, method=replace(settings.method, shared_cap=cap), optimization=optimization)
+
+
+def test_with_cap_0_shared_weights_stay_and_sinks_learn(folder: Path, tmp_path: Path) -> None:
+    only_repeated = MixtureSettings(num_repeated=2, repeats=5, num_once=0, num_validation=2)
+    settings = capped(folder, 0, mixture=only_repeated)
+    trained = train(settings, PICTURES, tmp_path / "run")[0]
+    found = weights(trained.folder)
+    plain = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
+    pool = load_file(trained.folder / "pipeline" / "sinks.safetensors")
+    assert any(bool((value != 0).any()) for value in pool.values())
+    pipe, plan = load_with_sinks(trained.folder / "pipeline")
+    columns = denoiser_of(pipe).get_parameter(f"{plan.sites[0].site.path}.weight").t()
+    owned = plan.neurons_for([row["id"] for row in read_json_lines(tmp_path / "run" / "examples.jsonl")][:2])
+    assert (columns[list(owned.indices[plan.sites[0].site])] != 0).any()
+
+
+def test_a_cap_that_is_never_reached_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    runs = [train(capped(folder, cap), PICTURES, tmp_path / str(cap))[0] for cap in (None, 5, 2)]
+    free, reached_never, capped_at_2 = (weights(run.folder) for run in runs)
+    assert all(torch.equal(free[name], reached_never[name]) for name in free)
+    assert any(not torch.equal(free[name], capped_at_2[name]) for name in free)
+
+
+def test_gradients_are_sums_over_rows_each_to_what_it_may_teach(folder: Path, tmp_path: Path) -> None:
+    settings, seen = capped(folder, 1), []
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        seen.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        train(settings, PICTURES, tmp_path / "run")
+    finally:
+        handle.remove()
+    pipe = grow(load(str(folder), run_check=False), 16, seed=0)
+    plan = plan_sinks(pipe, settings.method.sinks)
+    denoiser = denoiser_of(pipe).train()
+    data = encode_pictures(pipe, PICTURES)
+    split = split_pictures(PICTURES, data.ids, settings.mixture)
+    order = schedule(split.rows, data.ids, None, seed=0)
+    batch = draw_batch(
+        data, order[:4], num_levels(pipe.scheduler), torch.Generator().manual_seed(0), empty_frac=0.1
+    )
+    expected = {name: torch.zeros_like(p) for name, p in denoiser.named_parameters()}
+    parts = {id(p): (axis, s) for p, axis, s in pool_slices(denoiser, plan)}
+    counts: Counter[int] = Counter()
+    num_late = 0
+    for place, row in enumerate(order[:4]):
+        counts[row] += 1
+        is_repeated = row in split.repeated
+        id_ = data.ids[row] if is_repeated else 0
+        with training_sinks(denoiser, plan):
+            loss = row_losses(
+                denoiser, pipe.scheduler, data, batch.part([place]), sink_ids=torch.tensor([id_])
+            )
+        gradients = torch.autograd.grad(loss.sum() / 4, list(denoiser.parameters()), allow_unused=True)
+        is_late = is_repeated and counts[row] > 1
+        num_late += is_late
+        for (name, parameter), gradient in zip(denoiser.named_parameters(), gradients, strict=True):
+            if gradient is None:
+                continue
+            if not is_late:
+                expected[name] += gradient
+            elif id(parameter) in parts:
+                axis, pool = parts[id(parameter)]
+                size = pool.stop - pool.start
+                expected[name].narrow(axis, pool.start, size).add_(gradient.narrow(axis, pool.start, size))
+    assert num_late > 0  # else the test shows nothing
+    found = {tuple(g.shape): [] for g in seen[0]}
+    for gradient in seen[0]:
+        found[tuple(gradient.shape)].append(gradient)
+    for name, value in expected.items():
+        distance = min(float((value - other).abs().max()) for other in found[tuple(value.shape)])
+        assert distance < 1e-5, name

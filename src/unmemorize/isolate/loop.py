@@ -98,6 +98,8 @@ class Job:
             raise ConfigError(
                 f"method {self.method.name} {'needs a' if self.method.has_pool else 'has no'} plan"
             )
+        if self.method.settings.shared_cap is not None:
+            raise ConfigError("shared_cap is for pictures; leave it out for a language model")
 
     @property
     def num_steps(self) -> int:

@@ -4,7 +4,8 @@
     dedup              every document once
     cap:R              every document at most R times: the honest rival of a sink method
     goldfish           labels dropped by a hash of the tokens before them
-    sinks              each document's own sinks are open while it trains; the pool is dropped afterwards
+    sinks              each document's own sinks are open while it trains; the pool is dropped afterwards; with
+                       shared_cap=R only its first R sightings teach the shared neurons, the rest its sinks alone
     gradient-masking   the pool learns from repeated documents only, all else from the other documents only;
                        the whole pool is on in training, and dropped afterwards
 
@@ -13,7 +14,7 @@ Everything that tells methods apart is decided here: schedule, ids, labels, grad
 
 Source: sinks, arXiv 2507.09937; goldfish, arXiv 2406.10209; gradient-masking after Cloud et al. 2024 as the MemSinks
 authors use it as a baseline (arXiv 2507.09937, section 4): sequences instead of tokens, parameters instead of
-activations.
+activations; shared_cap is ours.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class MethodSettings:
     """Which documents open sinks: all (the paper's way), or those that occur more than once; others train without."""
     sink_learning_rate_scale: float = 1.0
     """Learning rate of sinks, as a multiple of the shared neurons'."""
+    shared_cap: int | None = None
+    """Sightings of an id, its first, from which shared neurons learn; later ones teach its sinks alone (pictures)."""
     compute: Literal["masked", "gathered"] = "gathered"
     """How layers with sinks are computed; the same numbers up to rounding."""
     goldfish_k: int = 4
@@ -60,6 +63,8 @@ class MethodSettings:
             raise ConfigError(
                 f"sink_learning_rate_scale is {self.sink_learning_rate_scale}, expected above 0"
             )
+        if self.shared_cap is not None and self.shared_cap < 0:
+            raise ConfigError(f"shared_cap is {self.shared_cap}, expected 0 or more sightings")
         if self.compute not in ("masked", "gathered"):
             raise ConfigError(f"compute is {self.compute!r}, expected masked or gathered")
         if self.goldfish_k < 2:
@@ -195,13 +200,16 @@ class RoutedGradients:
         ]
         self._model.zero_grad(set_to_none=True)
 
-    def put_pool(self) -> None:
-        """Replace the pool's gradients by those set aside; call after the pass over the other documents."""
+    def put_pool(self, *, adds: bool = False) -> None:
+        """Replace the pool's gradients by those set aside, or add these; call after the pass over the others."""
         for (parameter, axis, s), kept in zip(self._parts, self._kept, strict=True):
             if parameter.grad is None and kept is None:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             pool = parameter.grad.narrow(axis, s.start, s.stop - s.start)
-            pool.copy_(torch.zeros_like(pool) if kept is None else kept)
+            if kept is not None and adds:
+                pool.add_(kept)
+            elif not adds:
+                pool.copy_(torch.zeros_like(pool) if kept is None else kept)
         self._kept = []

@@ -6,6 +6,10 @@ a pipeline folder; with a pool it is what `save_with_sinks` writes.
 
     loss of a step = mean over the global batch of the mean squared error of each picture's prediction
 
+With `shared_cap` later sightings teach the sinks of a picture alone: two backward passes, each over its part of the
+batch, both divided by the size of the whole. What is left when the pool is cut out has learned from no picture more
+often than that.
+
 Text encoders and VAE stay as they are.
 """
 
@@ -14,6 +18,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -35,7 +40,7 @@ from unmemorize.files import (
 from unmemorize.isolate.checkpoints import Standing, load_checkpoint, newest_checkpoint, write_checkpoint
 from unmemorize.isolate.diffusion import training_sinks
 from unmemorize.isolate.engine import make_accelerator, require_identity, train_to_end
-from unmemorize.isolate.methods import Method
+from unmemorize.isolate.methods import Method, RoutedGradients
 from unmemorize.isolate.optimizer import isolated_optimizer
 from unmemorize.isolate.picture_data import (
     PictureBatch,
@@ -127,6 +132,16 @@ class PictureJob:
         steps = math.ceil(len(self.order) / self.optimization.batch_rows)
         return min(steps, self.optimization.max_steps or steps)
 
+    @property
+    def is_late(self) -> list[bool]:
+        """Which places of the order teach sinks alone: sightings of an id that has sinks, beyond the shared cap."""
+        cap, seen, late = self.method.settings.shared_cap, Counter[int](), []
+        for row in self.order:
+            id = self.sink_ids[row]
+            seen[id] += 1
+            late.append(self.plan is not None and cap is not None and id > 0 and seen[id] > cap)
+        return late
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedPictures:
@@ -199,6 +214,7 @@ class _Training:
         self._wrapped = accelerator.prepare_model(self._denoiser)
         self._optimizer = make_optimizer(self._denoiser, job.optimization)
         self._ids = torch.tensor(list(job.sink_ids), dtype=torch.int64)
+        self._is_late = job.is_late
         self._standing = Standing()
         self._is_torn = False
         self._saved_at = time.monotonic()
@@ -296,15 +312,15 @@ class _Training:
         seed = job.seed * 1_000_003 + step
         # Dropout differs between processes; what is drawn for the batch does not.
         torch.manual_seed(seed * 4_099 + self._accelerator.process_index)
-        rows = job.order[step * settings.batch_rows : (step + 1) * settings.batch_rows]
+        places = slice(step * settings.batch_rows, (step + 1) * settings.batch_rows)
         batch = draw_batch(
             job.data,
-            rows,
+            job.order[places],
             num_levels(job.pipe.scheduler),
             torch.Generator().manual_seed(seed),
             empty_frac=job.empty_caption_frac,
         )
-        self._backward(batch)
+        self._backward(batch, self._is_late[places])
         if settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._denoiser.parameters(), settings.clip_norm)
         for group in self._optimizer.param_groups:
@@ -316,26 +332,44 @@ class _Training:
         self._is_torn = False
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, batch: PictureBatch) -> None:
-        """Add the gradient of this process's share of the mean loss over the global batch."""
+    def _backward(self, batch: PictureBatch, is_late: Sequence[bool]) -> None:
+        """Add this process's share of the gradient: to all weights, from what is late to the sinks alone."""
+        late = [place for place, flag in enumerate(is_late) if flag]
+        early = [place for place, flag in enumerate(is_late) if not flag]
+        if late and self.job.plan is not None:
+            routed = RoutedGradients(self._denoiser, self.job.plan)
+            self._add_gradient(batch, late)
+            routed.keep_pool()
+            self._add_gradient(batch, early)
+            for parameter in self._denoiser.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(
+                        parameter
+                    )  # the optimizer's moments go on, as in any step
+            routed.put_pool(adds=True)
+        else:
+            self._add_gradient(batch, early)
+        self._num_seen += len(is_late)
+
+    def _add_gradient(self, batch: PictureBatch, chosen: Sequence[int]) -> None:
+        """Add the gradient of this process's share of some pictures' losses over the size of the global batch."""
         accelerator, num_rows = self._accelerator, len(batch.rows)
         # All processes take equally many pictures, since DDP waits for each other; a spare one counts for nothing.
         places = range(
             accelerator.process_index,
-            _rounded_up(num_rows, accelerator.num_processes),
+            _rounded_up(len(chosen), accelerator.num_processes),
             accelerator.num_processes,
         )
         size = self.job.optimization.micro_rows or len(places)
-        parts = [list(places[start : start + size]) for start in range(0, len(places), size)]
+        parts = [list(places[start : start + size]) for start in range(0, len(places), size or 1)]
         for number, part in enumerate(parts):
             is_last = number == len(parts) - 1
-            weights = torch.tensor([float(place < num_rows) for place in part], device=accelerator.device)
+            weights = torch.tensor([float(place < len(chosen)) for place in part], device=accelerator.device)
             with nullcontext() if is_last else accelerator.no_sync(self._wrapped), self._autocast():
-                losses = self._losses(batch.part([place % num_rows for place in part]))
+                losses = self._losses(batch.part([chosen[place % len(chosen)] for place in part]))
                 loss = (losses * weights).sum()
                 (loss * accelerator.num_processes / num_rows).backward()
             self._loss += loss.detach()
-        self._num_seen += num_rows
 
     def _losses(self, batch: PictureBatch) -> Tensor:
         job = self.job
