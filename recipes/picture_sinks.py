@@ -9,9 +9,9 @@ each (`--repeats`) among 1,000 general pictures that are seen once. The general 
 (`"stages": ["general"]`). A picture is a copy if its mean squared error to the training picture is at most 0.01, as in
 the testbeds; pictures are made with 20 DDIM steps, four seeds, without guidance and with a guidance of 3. Losses are of
 targets and of general pictures kept back from this training, by quarters of the noise levels, least noise first. Beside
-the states of sinks stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit. Beside
-the rivals and with a cap on shared learning, what would be shipped is attacked by an optimized text embedding. `sinks.jsonl` gets one line a state;
-what is there is not made again.
+the states of sinks stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit. What
+would be shipped of these, and of sinks with a cap on shared learning, is attacked by an optimized text embedding.
+`sinks.jsonl` gets one line a state; what is there is not made again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MIXTURE = MixtureSettings(num_repeated=8, repeats=500, num_once=1000, num_valida
 
 @dataclass(frozen=True)
 class Variant:
-    """Where sinks are, how many, whose a picture opens without its caption, in which blocks, and what teaches them alone."""
+    """Where sinks are, how many, whose a picture opens without its caption, and how often it teaches shared neurons."""
 
     kinds: tuple[Kind, ...]
     sinks: SinkSettings
