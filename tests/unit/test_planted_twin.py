@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-RECIPE = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "planted_twin.py"))
+RECIPE = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "planted_twin_table.py"))
 
 
 def line(seed: int, edit: str, strength: float, recited: int, perplexity_frac: float) -> dict[str, Any]:
