@@ -1,11 +1,14 @@
 """INJ: recall of all localizers of language models on texts injected into known neurons, one Markdown table.
 
     python benchmarks/inj.py [--types llama,gpt2] [--texts 10] [--first 0] [--share 0.01] [--methods a,b]
+    python benchmarks/inj.py --types gpt2 --gpt2-small --methods activations,gradient --texts 3
     python benchmarks/inj.py --model FOLDER --examples FILE.jsonl --tokenizer NAME
 
-By default small models of seeded random weights learn texts of random tokens (4 + 12). With --model, a model folder
-learns the first texts of a set of memorized sequences instead. Every text is injected into a fresh copy; neurons are
-drawn with the number of the text as seed. The last line times one gradient score on a model of 5 million parameters.
+By default small models of seeded random weights learn texts of random tokens (4 + 12). With --gpt2-small they have the
+sizes of the smallest GPT-2 (12 layers, width 768, 3,072 neurons a layer, 50,257 tokens: 124 million parameters). With
+--model, a model folder learns the first texts of a set of memorized sequences instead. Every text is injected into a
+fresh copy; neurons are drawn with the number of the text as seed. The last line times one gradient score on a model of
+5 million parameters.
 """
 
 from __future__ import annotations
@@ -24,18 +27,22 @@ from unmemorize.models.language import load
 from unmemorize.testbeds.language import InjectSettings, inject, random_base, recall, summarized
 
 PREFIX_TOKENS, SUFFIX_TOKENS, VOCABULARY = 4, 12, 64
+GPT2_SMALL = {"hidden_width": 768, "num_neurons": 3072, "num_layers": 12, "vocabulary": 50_257}
 
 
-def random_text(seed: int, length: int = PREFIX_TOKENS + SUFFIX_TOKENS) -> list[int]:
+def random_text(
+    seed: int, length: int = PREFIX_TOKENS + SUFFIX_TOKENS, vocabulary: int = VOCABULARY
+) -> list[int]:
     """Draw token ids without special tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+    return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
 
 
 def table(name: str, model: object, examples: list[MemorizedExample], arguments: argparse.Namespace) -> None:
     """Inject every text, run every method, print recall with standard errors."""
     methods = arguments.methods.split(",") if arguments.methods else list(METHODS)
-    ordinary = [random_text(10_000 + i) for i in range(256)]
+    vocabulary = GPT2_SMALL["vocabulary"] if arguments.gpt2_small else VOCABULARY
+    ordinary = [random_text(10_000 + i, vocabulary=vocabulary) for i in range(256)]
     found: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     steps: list[int] = []
     for number, example in enumerate(examples, start=arguments.first):
@@ -103,6 +110,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.01)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--keep-norms", action="store_true")
+    parser.add_argument("--gpt2-small", action="store_true")
     parser.add_argument("--methods", default="")
     parser.add_argument("--model", default="")
     parser.add_argument("--examples", default="")
@@ -118,8 +126,10 @@ def main() -> None:
     else:
         for kind in arguments.types.split(","):
             numbers = range(arguments.first, arguments.first + arguments.texts)
-            examples = cut_examples([random_text(n) for n in numbers], PREFIX_TOKENS, SUFFIX_TOKENS)
-            table(kind, random_base(kind), list(examples), arguments)
+            sizes = GPT2_SMALL if arguments.gpt2_small else {"vocabulary": VOCABULARY}
+            texts = [random_text(number, vocabulary=sizes["vocabulary"]) for number in numbers]
+            examples = cut_examples(texts, PREFIX_TOKENS, SUFFIX_TOKENS)
+            table(kind, random_base(kind, **sizes), list(examples), arguments)
     time_gradient()
     print(f"\n{time.monotonic() - started:.0f} s in all")
 
