@@ -2,7 +2,7 @@
 
 States are measured one after the other on the same examples, so that they can be compared line by line. The placebo is
 as many random neurons at each site, none of them chosen: what it loses, any such removal loses. The curve switches off
-the best share of every layer by each method, with "random" and "magnitude" as controls.
+the best share of every layer (or of all together) by each method, with "random" and "magnitude" as controls.
 
 Source: ours; extraction after Carlini et al. 2023, controls after Chang et al. 2024.
 """
@@ -107,23 +107,27 @@ def deletion_curve(
     ordinary: Sequence[Sequence[int]],
     settings: AuditSettings,
     *,
+    per_layer: bool = True,
+    exclude_layers: Sequence[int] = (),
     progress: ProgressCallback | None = None,
 ) -> list[DeletionPoint]:
-    """Switch off the best share of every layer, by every method and share, and measure targets and ordinary text.
+    """Switch off the best share of neurons, by every method and share, and measure targets and ordinary text.
 
     Args:
         model: the model; it is left as it was.
         scores: method -> its scores.
-        shares: shares of each layer, 0 to 1.
+        shares: shares of each layer, or of all together, 0 to 1.
         targets: examples that should go.
         ordinary: texts that should stay, as token ids.
         settings: as for `audit_ways`.
+        per_layer: whether every layer gives its own share; otherwise all layers compete.
+        exclude_layers: numbers of layers that give none.
         progress: called after every point.
     """
     points = []
     for name, found in scores.items():
         for share in shares:
-            chosen = found.top(share)
+            chosen = found.top(share, per_layer=per_layer, exclude_layers=exclude_layers)
             with gated(model, closed(chosen)):
                 losses, tests, perplexity = _measured(model, targets, ordinary, settings)
             group = group_result("target", np.ones(len(targets), dtype=np.bool_), losses, tests, settings)

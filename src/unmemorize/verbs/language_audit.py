@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from unmemorize.errors import ConfigError, RunFolderError
 from unmemorize.verbs.answers import Answer, Precision, bar_line, figure_text, upper_end
+from unmemorize.verbs.language_runs import read_localization
 from unmemorize.verbs.texts import Cut, load_model, read_ordinary, read_texts, target_cuts
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from unmemorize.records import Measure, NeuronState, ProgressCallback, TextLocalization
 
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
-"""Shares of each layer on the curve, beside the one that was chosen."""
+"""Shares on the curve, beside the one that was chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ def audit(
     if (out / "audit.json").exists():
         raise RunFolderError(f"{out} already holds an audit; choose another folder")
     neurons = load_neurons(options.neurons or out / "neurons.json")
-    stored = _stored(out)
+    stored = read_localization(out)
     cut = _cut(options, stored)
     tokenizer = load_tokenizer(model)
     texts = read_texts(examples, tokenizer, model, cut)
@@ -86,6 +87,7 @@ def audit(
             "length_tokens": cut.length,
             "num_ordinary": len(ordinary),
             "seed": options.seed,
+            **_choice(options, stored),
         },
         environment=environment(),
         states=records,
@@ -103,23 +105,19 @@ def audit(
     return Answer(data=result.model_dump(mode="json"), lines=lines, exit_code=code)
 
 
-def _stored(out: Path) -> TextLocalization | None:
-    """Return what localization left in the run folder, if it did."""
-    from pydantic import ValidationError
-
-    from unmemorize.errors import FileFormatError
-    from unmemorize.files import read_json
-    from unmemorize.records import TextLocalization
-
-    path = out / "localization.json"
-    if not path.is_file():
-        return None
-    try:
-        return TextLocalization.model_validate(
-            read_json(path, format="unmemorize.text_localization", version=1)
-        )
-    except ValidationError as error:
-        raise FileFormatError(f"{path} does not fit the localization format; localize again") from error
+def _choice(options: NeuronAuditOptions, stored: TextLocalization | None) -> dict[str, Any]:
+    """Say how the run's neurons were chosen; nothing where others are audited, or none were localized."""
+    if stored is None:
+        return {}
+    choice: dict[str, Any] = {"selection": stored.selection, "skipped_layers": stored.skipped_layers}
+    if stored.search is not None and options.neurons is None:
+        found = stored.search
+        choice["search"] = {
+            "method": found.method,
+            "leave_frac": found.leave_frac,
+            "left_frac": found.left_frac,
+        }
+    return choice
 
 
 def _cut(options: NeuronAuditOptions, stored: TextLocalization | None) -> Cut:
@@ -172,7 +170,17 @@ def _curve(
     scores = {name: load_scores(path) for name, path in paths.items() if path.is_file()}
     scores.update(_controls(model, scores))
     shares = sorted({*SHARES, stored.share_frac})
-    return deletion_curve(model, scores, shares, targets, ordinary, settings, progress=progress)
+    return deletion_curve(
+        model,
+        scores,
+        shares,
+        targets,
+        ordinary,
+        settings,
+        per_layer=stored.selection == "per-layer",
+        exclude_layers=stored.skipped_layers,
+        progress=progress,
+    )
 
 
 def _controls(model: PreTrainedModel, scores: dict[str, NeuronScores]) -> dict[str, NeuronScores]:
