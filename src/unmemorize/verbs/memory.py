@@ -146,6 +146,12 @@ def remove(
     ordinary: Annotated[
         Path | None, typer.Option(help="For edits: ordinary prompts or texts, to be preserved.")
     ] = None,
+    protect: Annotated[
+        Path | None,
+        typer.Option(
+            help="For curvature: texts of an ability that should stay (.jsonl with text, .csv, .txt)."
+        ),
+    ] = None,
     column: Annotated[str | None, typer.Option(help="For edit: column that holds the prompt.")] = None,
     prefix: Annotated[int, typer.Option(help="For output-vectors: tokens of a text that are given.")] = 32,
     budget: Annotated[
@@ -162,6 +168,11 @@ def remove(
     from unmemorize.verbs import diffusion, language, language_remove, picture_runs
 
     model = folder_of(model)
+    if protect is not None and way != "curvature":
+        raise ConfigError(
+            f"--protect is for --way curvature of language models; {f'--way {way}' if way else 'cutting neurons out'} "
+            "does not look at it: leave it out"
+        )
     if family_of(model) == "diffusion":
         if neurons is None and way != "edit" and (Path(model) / "sinks.json").is_file():
             return picture_runs.remove_sinks(Path(model), out, keep, way or "excise")
@@ -192,6 +203,7 @@ def remove(
         budget=budget,
         keep_undo=keep_undo,
         prefix=prefix,
+        protect=protect,
     )
     return language_remove.edit(progress, Path(model), out, options)
 
