@@ -23,6 +23,10 @@ SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 """Shares on the curve, beside the one that was chosen."""
 
 
+MEASURED = "measured"
+"""Folder in the run that keeps what an interrupted audit has measured."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeuronAuditOptions:
     """What is compared; the verb says what the options mean."""
@@ -47,7 +51,7 @@ def audit(
     device: str = "auto",
     precision: Precision | None = None,
 ) -> Answer:
-    """Measure before, after, placebo, and further folders; write `audit.json`."""
+    """Measure before, after, placebo, and further folders; write `audit.json`. Interrupted, it continues."""
     from unmemorize.audit.examples import AuditSettings, continuations
     from unmemorize.audit.localized import site_neurons
     from unmemorize.audit.neurons import audit_ways
@@ -71,7 +75,7 @@ def audit(
     require_same_model(neurons, loaded)
     settings = AuditSettings(lengths=((cut.prefix, cut.suffix),), seed=options.seed)
     ways = _ways(loaded, neurons, options, device, precision)
-    records, measured = audit_ways(ways, texts, ordinary, settings, progress=progress)
+    records, measured = audit_ways(ways, texts, ordinary, settings, kept_in=out / MEASURED, progress=progress)
     curve = _curve(
         out, loaded, stored, [t for t in texts if t.group == "target"], ordinary, settings, progress
     )
@@ -179,6 +183,7 @@ def _curve(
         settings,
         per_layer=stored.selection == "per-layer",
         exclude_layers=stored.skipped_layers,
+        kept_in=out / MEASURED,
         progress=progress,
     )
 
