@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cells.planted_texts import sentences, write_planted, write_rows
 from tests.cells.test_verbs import ask, refusal
-from unmemorize.models.language import load
+from unmemorize.audit.language import document_losses
+from unmemorize.models.language import fingerprint, load
+from unmemorize.tokenizer import encode_documents, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +90,71 @@ def test_protection_is_no_matter_of_pipelines(capsys: pytest.CaptureFixture[str]
     start = ["remove", str(tmp_path / "pipeline"), "--out", str(tmp_path / "out"), "--protect", "x.jsonl"]
     assert "--protect is for --way curvature of language models" in refusal(capsys, *start, "--way", "edit")
     assert "for a pipeline give --neurons FILE" in refusal(capsys, *start, "--way", "curvature")
+
+
+@pytest.mark.parametrize("way", ["svd", "gradient-ascent", "gradient-difference", "simnpo"])
+def test_every_way_writes_what_it_did_within_the_budget(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    # Whether a folder loads alone is the matter of other tests, and takes a process.
+    monkeypatch.setattr("unmemorize.verbs.language_remove._proof", lambda model, out: 0.0)
+    before, tokenizer = load(folder / "model"), load_tokenizer(folder / "model")
+    answer = ask(capsys, *words(folder, tmp_path / "plain", way, "--budget", "0.5"))
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+    manifest = json.loads((tmp_path / "plain" / "unmemorize.json").read_text())
+    assert (manifest["way"], manifest["method"], manifest["num_targets"]) == ("edit", way, 4)
+    assert manifest["budget_frac"] == 0.5 and "undo" not in manifest
+    assert manifest["perplexity_rise_frac"] == answer["perplexity_rise_frac"] <= 0.5
+    assert manifest["model"] == fingerprint(before)
+    if way != "svd":
+        assert manifest["settings"]["perplexity_budget_frac"] == 0.5
+        assert manifest["cost"]["forward_equivalents"] > 0
+    after = load(tmp_path / "plain")
+    assert fingerprint(after) != fingerprint(before)
+    # Every fourth ordinary text is kept back: what is said of them is what the folder does.
+    kept_back = encode_documents(tokenizer, (folder / "ordinary.txt").read_text().splitlines())[::4]
+    found = [perplexity(model, kept_back) for model in (before, after)]
+    assert answer["perplexity"] == pytest.approx(found, rel=1e-4)
+    targets = [json.loads(line)["text"] for line in (folder / "examples.jsonl").read_text().splitlines()]
+    losses = [perplexity(model, encode_documents(tokenizer, targets)) for model in (before, after)]
+    assert losses[1] > losses[0]
+
+
+@pytest.mark.parametrize("way", ["svd", "gradient-ascent", "gradient-difference", "simnpo"])
+def test_no_way_writes_anything_beyond_the_budget(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    found = iter([20.0, 22.4])
+    monkeypatch.setattr("unmemorize.verbs.language_remove._perplexity", lambda model, texts: next(found))
+    message = refusal(capsys, *words(folder, tmp_path / "plain", way, "--keep-undo"))
+    assert f"no edit by {way} within the budget: perplexity of ordinary texts rises by 12.0%" in message
+    assert message.endswith("budget 10.0%; raise --budget or choose another --way")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_that_allows_no_step_is_said(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unlearning that went back to where it started has changed nothing, and no folder pretends that it did."""
+    monkeypatch.setattr("unmemorize.remove.language_edits.unlearn", lambda *_, **__: {})
+    message = refusal(capsys, *words(folder, tmp_path / "plain", "gradient-ascent", "--budget", "0"))
+    assert message == (
+        "unmemorize: gradient-ascent changed nothing within a budget of 0.0%; raise --budget or choose another --way"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def perplexity(model: Any, texts: list[tuple[int, ...]]) -> float:
+    found = document_losses(model, texts)
+    return math.exp(found.nll_nats.sum() / found.num_tokens.sum())
