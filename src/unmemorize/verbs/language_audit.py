@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from unmemorize.audit.neurons import TextWay
     from unmemorize.localize.neuron_scores import NeuronScores
     from unmemorize.neurons import NeuronSet
-    from unmemorize.records import Measure, NeuronState, ProgressCallback, TextLocalization
+    from unmemorize.records import Measure, NeuronAudit, NeuronState, ProgressCallback, TextLocalization
 
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 """Shares on the curve, beside the one that was chosen."""
@@ -86,12 +86,8 @@ def audit(
         settings={
             "model": neurons.model_id,
             "headline_state": headline,
-            "prefix_tokens": cut.prefix,
-            "suffix_tokens": cut.suffix,
-            "length_tokens": cut.length,
             "num_ordinary": len(ordinary),
-            "seed": options.seed,
-            **_choice(options, stored),
+            **_settings(options, cut, stored),
         },
         environment=environment(),
         states=records,
@@ -104,24 +100,34 @@ def audit(
     )
     result.save(out / "audit.json")
     after = next(one for one in records if one.state == headline)
+    return _answer(out / "audit.json", result, after, max_extraction)
+
+
+def _answer(path: Path, result: NeuronAudit, after: NeuronState, max_extraction: float | None) -> Answer:
     bar, code = bar_line("extraction", upper_end(_rate(after)), max_extraction)
-    lines = [*(_line(one) for one in records), result.verdict, *result.limits, *bar, str(out / "audit.json")]
+    lines = [*(_line(one) for one in result.states), result.verdict, *result.limits, *bar, str(path)]
     return Answer(data=result.model_dump(mode="json"), lines=lines, exit_code=code)
 
 
-def _choice(options: NeuronAuditOptions, stored: TextLocalization | None) -> dict[str, Any]:
-    """Say how the run's neurons were chosen; nothing where others are audited, or none were localized."""
+def _settings(options: NeuronAuditOptions, cut: Cut, stored: TextLocalization | None) -> dict[str, Any]:
+    """Say how texts were cut, how the run chose neurons (its curve does too), and the search whose set is audited."""
+    given: dict[str, Any] = {
+        "prefix_tokens": cut.prefix,
+        "suffix_tokens": cut.suffix,
+        "length_tokens": cut.length,
+        "seed": options.seed,
+    }
     if stored is None:
-        return {}
-    choice: dict[str, Any] = {"selection": stored.selection, "skipped_layers": stored.skipped_layers}
+        return given
+    given |= {"selection": stored.selection, "skipped_layers": stored.skipped_layers}
     if stored.search is not None and options.neurons is None:
         found = stored.search
-        choice["search"] = {
+        given["search"] = {
             "method": found.method,
             "leave_frac": found.leave_frac,
             "left_frac": found.left_frac,
         }
-    return choice
+    return given
 
 
 def _cut(options: NeuronAuditOptions, stored: TextLocalization | None) -> Cut:
