@@ -72,8 +72,8 @@ def test_choices_are_shown_and_another_choice_is_another_run(
     capsys.readouterr()
     assert main(words(folder, "shown", "--skip-layers", "0", "--select", "global", "--share", "0.02")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "chosen: the best 0.02 of all layers together, layers 0 left out"
-    assert lines[2].startswith("gradient: 2 neurons in 1 layers; ")
+    assert lines[1] == "chosen: the best 0.02 of all layers together, layer 0 left out"
+    assert lines[2].startswith("gradient: 2 neurons in 1 layer; ")
     settings = json.loads((folder / "shown" / "config.json").read_text())["settings"]
     assert (settings["select"], settings["skip_layers"], settings["leave"]) == ("global", [0], None)
     start = words(folder, "shown", "--share", "0.02")
@@ -144,6 +144,10 @@ def test_a_search_that_reaches_nothing_says_so_and_may_be_asked_for_less(
     assert left == {"config.json", "examples.jsonl", "scores"}
     scores = folder / "hard" / "scores" / "gradient.safetensors"
     before = scores.stat().st_mtime_ns
+    message = refusal(capsys, *search_words(folder, "hard", "--select", "global"))
+    assert "holds another run (select, leave differ); choose" in message
+    message = refusal(capsys, *search_words(folder, "hard", "--leave", "0", "--share", "0.02"))
+    assert "holds another run (share differ); choose" in message
     answer = ask(capsys, *search_words(folder, "hard"))
     assert answer["search"]["leave_frac"] == 0.5 and before == scores.stat().st_mtime_ns
     assert "(leave differ)" in refusal(capsys, *search_words(folder, "hard", "--leave", "0.1"))

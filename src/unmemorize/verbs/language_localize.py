@@ -246,8 +246,9 @@ def _agreement(sets: dict[str, NeuronSet], scores: NeuronScores) -> list[Agreeme
 
 
 def _line(found: LocalizedMethod) -> str:
+    num_layers = sum(map(bool, found.neurons_per_layer))
     return (
-        f"{found.method}: {found.num_neurons} neurons in {sum(map(bool, found.neurons_per_layer))} layers; "
+        f"{found.method}: {found.num_neurons} neurons in {num_layers} layer{'s' if num_layers != 1 else ''}; "
         f"{found.forward_equivalents:.0f} forward-equivalents, {found.seconds:.1f} s"
     )
 

@@ -43,7 +43,10 @@ def share_line(options: NeuronOptions) -> str:
     """Say which share is chosen of what."""
     of = "each layer" if options.select == "per-layer" else "all layers together"
     skipped = ", ".join(map(str, options.skip_layers))
-    return f"chosen: the best {options.share:.3g} of {of}{f', layers {skipped} left out' if skipped else ''}"
+    layers = "layers" if len(options.skip_layers) > 1 else "layer"
+    return (
+        f"chosen: the best {options.share:.3g} of {of}{f', {layers} {skipped} left out' if skipped else ''}"
+    )
 
 
 def few_neurons(
@@ -86,7 +89,7 @@ def few_neurons(
     if not found.is_broken:
         raise DataError(
             f"no set along the ranking by {scores.method} leaves {leave_frac:.2g} of the likelihood or less in every "
-            f"text: with all {len(found.neurons)} neurons off {max(found.effects_frac):.2g} are left; raise --leave, "
+            f"text: with all {len(found.neurons)} neurons off {max(found.effects_frac):.2g} is left; raise --leave, "
             "or skip fewer layers"
         )
     before, after = (_likelihood(model, chosen, neurons) for neurons in (None, found.neurons))
