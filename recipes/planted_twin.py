@@ -38,7 +38,7 @@ from unmemorize.isolate.runs import model_folder, read_run
 from unmemorize.localize.language import localize
 from unmemorize.localize.methods import COMPARED
 from unmemorize.localize.neuron_scores import NeuronScores, ScoringCost
-from unmemorize.localize.ordinary import collect_statistics
+from unmemorize.localize.ordinary import collect_statistics, passes
 from unmemorize.localize.recital import BreakSettings, smallest_set
 from unmemorize.models.language import find_mlps, load, signature
 from unmemorize.neurons import NeuronSet
@@ -150,9 +150,9 @@ def scores_of(model: Any, material: Material, name: str) -> NeuronScores:
         return localize(model, examples, name)  # type: ignore[arg-type]
     started = time.monotonic()
     statistics = collect_statistics(model, material.retain, quantity=COMPARED[name])
-    seconds, passes = time.monotonic() - started, 2.0 * statistics.count
+    spent = ScoringCost(forward_equivalents=passes(statistics), seconds=time.monotonic() - started)
     scores = localize(model, examples, name, statistics=statistics)  # type: ignore[arg-type]
-    return replace(scores, cost=scores.cost + ScoringCost(forward_equivalents=passes, seconds=seconds))
+    return replace(scores, cost=scores.cost + spent)
 
 
 def searched(model: Any, material: Material, name: str) -> Callable[[float], Edit]:

@@ -61,7 +61,7 @@ class ProgressPrinter:
     def __call__(self, progress: Progress) -> None:
         """Show a step, unless the last one was shown a moment ago; a stage's first and last steps always are."""
         is_new = progress.stage != self._stage
-        is_last = progress.done >= progress.total
+        is_last = 0 < progress.total <= progress.done
         interval_s = _LINE_INTERVAL_S if self._is_terminal else _TEXT_INTERVAL_S
         is_recent = self._now() - self._shown_s < interval_s
         if self._is_silent or (is_recent and not is_new and not is_last):

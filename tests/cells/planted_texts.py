@@ -23,10 +23,12 @@ def sentences(num: int, seed: int, num_words: int = 16) -> list[str]:
     return [" ".join(WORDS[number] for number in row) for row in rows]
 
 
-def write_planted(folder: Path, *, num_steps: int = 120) -> tuple[Path, list[str], list[str]]:
-    """Train on eight texts for a few seconds; returns the model's folder, the texts, and ordinary ones."""
+def write_planted(
+    folder: Path, *, num_steps: int = 120, num_texts: int = 8
+) -> tuple[Path, list[str], list[str]]:
+    """Train on a few texts for a few seconds; returns the model's folder, the texts, and ordinary ones."""
     torch.set_num_threads(1)
-    memorized, ordinary = sentences(8, seed=1), sentences(12, seed=2)
+    memorized, ordinary = sentences(num_texts, seed=1), sentences(12, seed=2)
     tokenizer = train_tokenizer(sentences(200, seed=3), 320, folder)
     model = tiny_model(
         "llama", hidden_size=48, intermediate_size=96, vocab_size=320, max_position_embeddings=128

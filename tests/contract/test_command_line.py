@@ -196,6 +196,15 @@ def test_progress_is_sparse_in_a_file() -> None:
     ]
 
 
+def test_progress_of_work_without_a_known_end_is_as_sparse() -> None:
+    stream, clock = io.StringIO(), [0.0]
+    printer = ProgressPrinter(stream, lambda: clock[0])
+    for done in range(1, 6):
+        clock[0] += 20.0
+        printer(Progress("search", done, 0, "sets"))
+    assert stream.getvalue().splitlines() == ["search  1 sets", "search  3 sets", "search  5 sets"]
+
+
 def test_progress_is_one_moving_line_on_a_terminal() -> None:
     stream, clock = Terminal(), [0.0]
     printer = ProgressPrinter(stream, lambda: clock[0])

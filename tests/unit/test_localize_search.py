@@ -139,6 +139,10 @@ def test_what_cannot_be_broken_is_said() -> None:
     assert found.is_replaced
     assert found.threshold == 0.8
     assert len(found.neurons) == 1
+    effect = Counted([{(0, 9)}])
+    given_up = smallest([(0, 0), (0, 1)], effect, 0.428, [0], gives_up=True)
+    assert given_up.is_replaced and given_up.neurons == ((0, 0), (0, 1))
+    assert len(effect.seen) == 2  # one neuron and both; no search for the fewest that do as little
     nothing = smallest([], lambda neurons, samples: (1.0,) * len(samples), 0.428, [0])
     assert (nothing.neurons, nothing.is_replaced) == ((), True)
 

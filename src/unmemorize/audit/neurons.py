@@ -2,7 +2,7 @@
 
 States are measured one after the other on the same examples, so that they can be compared line by line. The placebo is
 as many random neurons at each site, none of them chosen: what it loses, any such removal loses. The curve switches off
-the best share of every layer by each method, with "random" and "magnitude" as controls.
+the best share of every layer (or of all together) by each method, with "random" and "magnitude" as controls.
 
 Source: ours; extraction after Carlini et al. 2023, controls after Chang et al. 2024.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,13 +20,12 @@ import numpy as np
 from unmemorize.audit.examples import (
     GROUPS,
     AuditSettings,
-    DocumentLosses,
     Example,
-    Extractions,
     StateMeasurement,
     group_result,
 )
 from unmemorize.audit.language import document_losses, extract
+from unmemorize.audit.measured import Measured, MeasuredStates
 from unmemorize.audit.statistics import bootstrap_ratio, refused
 from unmemorize.gates import closed, gated
 from unmemorize.localize.neuron_scores import NeuronScores
@@ -60,6 +60,7 @@ def audit_ways(
     ordinary: Sequence[Sequence[int]],
     settings: AuditSettings,
     *,
+    kept_in: Path | None = None,
     progress: ProgressCallback | None = None,
 ) -> tuple[list[NeuronState], dict[str, StateMeasurement]]:
     """Measure every group in every state; models are left as they were.
@@ -69,21 +70,25 @@ def audit_ways(
         examples: what is measured by group.
         ordinary: texts whose perplexity is measured, as token ids.
         settings: lengths of the extraction test, batch size, seed.
+        kept_in: folder that keeps every state as soon as it is measured; what was measured of the same models, neurons,
+            texts and settings is read from there.
         progress: called after every state.
 
     Returns:
         Records, and by state the arrays behind them.
     """
-    records, measured = [], {}
+    records, measured, states = [], {}, MeasuredStates(kept_in)
     for number, way in enumerate(ways, start=1):
-        with gated(way.model, {} if way.neurons is None else closed(way.neurons)):
-            losses, tests, perplexity = _measured(way.model, examples, ordinary, settings)
+        found = _measured(way.model, way.neurons, examples, ordinary, settings, states)
         groups = [
-            group_result(group, np.array([one.group == group for one in examples]), losses, tests, settings)
+            group_result(
+                group, np.array([one.group == group for one in examples]), found.losses, found.tests, settings
+            )
             for group in GROUPS
             if any(one.group == group for one in examples)
         ]
-        measured[way.state] = StateMeasurement(StateResult(state="plain", groups=groups), losses, tests)
+        result = StateResult(state="plain", groups=groups)
+        measured[way.state] = StateMeasurement(result, found.losses, found.tests)
         records.append(
             NeuronState(
                 state=way.state,
@@ -91,7 +96,7 @@ def audit_ways(
                 description=way.description,
                 num_neurons=0 if way.neurons is None else len(way.neurons),
                 groups=groups,
-                ordinary_perplexity=perplexity,
+                ordinary_perplexity=found.perplexity,
             )
         )
         if progress is not None:
@@ -107,26 +112,32 @@ def deletion_curve(
     ordinary: Sequence[Sequence[int]],
     settings: AuditSettings,
     *,
+    per_layer: bool = True,
+    exclude_layers: Sequence[int] = (),
+    kept_in: Path | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[DeletionPoint]:
-    """Switch off the best share of every layer, by every method and share, and measure targets and ordinary text.
+    """Switch off the best share of neurons, by every method and share, and measure targets and ordinary text.
 
     Args:
         model: the model; it is left as it was.
         scores: method -> its scores.
-        shares: shares of each layer, 0 to 1.
+        shares: shares of each layer, or of all together, 0 to 1.
         targets: examples that should go.
         ordinary: texts that should stay, as token ids.
         settings: as for `audit_ways`.
+        per_layer: whether every layer gives its own share; otherwise all layers compete.
+        exclude_layers: numbers of layers that give none.
+        kept_in: as for `audit_ways`.
         progress: called after every point.
     """
-    points = []
-    for name, found in scores.items():
+    points, states = [], MeasuredStates(kept_in)
+    is_target = np.ones(len(targets), dtype=np.bool_)
+    for name, ranking in scores.items():
         for share in shares:
-            chosen = found.top(share)
-            with gated(model, closed(chosen)):
-                losses, tests, perplexity = _measured(model, targets, ordinary, settings)
-            group = group_result("target", np.ones(len(targets), dtype=np.bool_), losses, tests, settings)
+            chosen = ranking.top(share, per_layer=per_layer, exclude_layers=exclude_layers)
+            found = _measured(model, chosen, targets, ordinary, settings, states)
+            group = group_result("target", is_target, found.losses, found.tests, settings)
             points.append(
                 DeletionPoint(
                     method=name,
@@ -134,7 +145,7 @@ def deletion_curve(
                     num_neurons=len(chosen),
                     extraction_rate_frac=group.extraction[0].extraction_rate_frac,
                     target_loss_nats=group.loss_nats,
-                    ordinary_perplexity=perplexity,
+                    ordinary_perplexity=found.perplexity,
                 )
             )
             if progress is not None:
@@ -144,16 +155,22 @@ def deletion_curve(
 
 def _measured(
     model: PreTrainedModel,
+    neurons: NeuronSet | None,
     examples: Sequence[Example],
     ordinary: Sequence[Sequence[int]],
     settings: AuditSettings,
-) -> tuple[DocumentLosses, tuple[Extractions, ...], Measure]:
-    sequences = [example.tokens for example in examples]
-    losses = document_losses(model, sequences, batch_size=settings.batch_size)
-    tests = tuple(
-        extract(model, sequences, *pair, batch_size=settings.batch_size) for pair in settings.lengths
-    )
-    return losses, tests, _perplexity(model, ordinary, settings)
+    states: MeasuredStates,
+) -> Measured:
+    """Measure a model with neurons off, or read what was measured."""
+    sequences, size = [example.tokens for example in examples], settings.batch_size
+
+    def measure() -> Measured:
+        with gated(model, {} if neurons is None else closed(neurons)):
+            losses = document_losses(model, sequences, batch_size=size)
+            tests = tuple(extract(model, sequences, *pair, batch_size=size) for pair in settings.lengths)
+            return Measured(losses, tests, _perplexity(model, ordinary, settings))
+
+    return states.get(model, neurons, sequences, ordinary, settings, measure)
 
 
 def _perplexity(

@@ -83,6 +83,11 @@ def collect_statistics(
     return total
 
 
+def passes(statistics: NeuronStatistics) -> float:
+    """Return what statistics took, in forward-equivalents of one text."""
+    return statistics.count * (2.0 if statistics.quantity == "derivative" else 1.0)
+
+
 def _derivatives(
     model: PreTrainedModel, sites: Sequence[Site], texts: Sequence[Sequence[int]]
 ) -> list[Tensor]:

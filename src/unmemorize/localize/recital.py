@@ -32,6 +32,7 @@ from unmemorize.localize.search import (
 from unmemorize.localize.suffix import measured
 from unmemorize.models.language import MlpRow, require_same_model
 from unmemorize.neurons import NeuronSet, Site
+from unmemorize.records import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +51,8 @@ class BreakSettings:
         search: "bisection" over prefixes of the ranking (few passes, no neuron left over), or "growing" sets and one
             pass of leaving out, as the released code of NeMo does (outliers only).
         growing: schedule of the growing sets.
+        gives_up: bisection: whether to return all candidates at once when no prefix of the ranking breaks the recital;
+            otherwise the search goes on with what all of them together leave as the threshold.
         batch_size: examples per pass.
     """
 
@@ -57,6 +60,7 @@ class BreakSettings:
     threshold_frac: float = 0.5
     search: Literal["bisection", "growing"] = "bisection"
     growing: SearchSettings = field(default_factory=SearchSettings)
+    gives_up: bool = False
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -96,6 +100,7 @@ def smallest_set(
     settings: BreakSettings | None = None,
     *,
     row: MlpRow | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Broken:
     """Find a small set of neurons that breaks the recital of all examples, along a ranking.
 
@@ -105,6 +110,7 @@ def smallest_set(
         scores: any localizer's scores on this model; the search looks at neurons in their order.
         settings: by default half the likelihood, by bisection.
         row: site table row, for an architecture that the table does not know.
+        progress: called after every set that was switched off; how many there will be is not known.
 
     Raises:
         ConfigError: if growing sets are asked for with scores that are no outliers.
@@ -117,10 +123,12 @@ def smallest_set(
             f"growing sets follow z-scores, these scores are by {scores.method!r}; use search='bisection'"
         )
     started = time.monotonic()
-    effect = _Effect(model, examples, scores, settings)
+    effect = _Effect(model, examples, scores, settings, progress)
     samples = range(len(examples))
     if settings.search == "bisection":
-        found = smallest(scores.ranked(), effect, settings.threshold_frac, samples)
+        found = smallest(
+            scores.ranked(), effect, settings.threshold_frac, samples, gives_up=settings.gives_up
+        )
         chosen, threshold = found.neurons, found.threshold
     else:
         chosen, threshold = _grown(scores, lambda neurons: effect(neurons, samples), settings)
@@ -161,8 +169,10 @@ class _Effect:
         examples: Sequence[MemorizedExample],
         scores: NeuronScores,
         settings: BreakSettings,
+        progress: ProgressCallback | None = None,
     ) -> None:
         self._model, self._examples, self._scores, self._settings = model, examples, scores, settings
+        self._progress = progress
         self._known: dict[tuple[int, frozenset[Neuron]], float] = {}
         self.num_passes = len(examples)
         self.sets_seen: set[frozenset[Neuron]] = set()
@@ -187,5 +197,8 @@ class _Effect:
                 left = recited / torch.tensor([len(example.suffix) for example in some])
             self._known.update({(sample, off): float(e) for sample, e in zip(missing, left, strict=True)})
             self.num_passes += len(missing)
+            if self._progress is not None and off not in self.sets_seen:
+                done = len(self.sets_seen) + 1
+                self._progress(Progress("search", done, 0, "sets", f"{len(off)} neurons off"))
             self.sets_seen.add(off)
         return tuple(self._known[sample, off] for sample in samples)

@@ -249,7 +249,12 @@ class Found:
 
 
 def smallest(
-    order: Sequence[Neuron], effect: SampleEffect, threshold: float, samples: Sequence[int]
+    order: Sequence[Neuron],
+    effect: SampleEffect,
+    threshold: float,
+    samples: Sequence[int],
+    *,
+    gives_up: bool = False,
 ) -> Found:
     """Find a small set of neurons without which the memory is broken in every sample.
 
@@ -260,6 +265,8 @@ def smallest(
         effect: the effect.
         threshold: the memory is broken where the score is at most this, unitless.
         samples: the samples in which it has to be broken, at least one.
+        gives_up: whether to return all candidates at once if no prefix of them breaks the memory; otherwise the score
+            that all of them reach becomes the threshold.
     """
     if not order:
         scores = effect((), samples)
@@ -270,7 +277,10 @@ def smallest(
         breaks = _breaking(effect, tuple(active), limit)
         length = _broken_prefix((), order, breaks)
         if length is None:
-            limit, is_replaced = max(effect(order, samples)), True
+            scores = effect(order, samples)
+            limit, is_replaced = max(scores), True
+            if gives_up:
+                return Found(tuple(order), tuple(order), limit, limit, is_replaced, scores)
             continue
         prefix = tuple(order[:length])
         needed = _needed(prefix, breaks)

@@ -19,6 +19,8 @@ from unmemorize.records.neurons import (
     DeletionPoint,
     LocalizedMethod,
     NeuronAudit,
+    NeuronSearch,
+    NeuronSelection,
     NeuronState,
     TextLocalization,
 )
@@ -63,6 +65,8 @@ __all__ = [
     "MethodResult",
     "MethodSummary",
     "NeuronAudit",
+    "NeuronSearch",
+    "NeuronSelection",
     "NeuronState",
     "PictureAudit",
     "PictureGroup",

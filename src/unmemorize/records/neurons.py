@@ -12,6 +12,9 @@ from unmemorize.records.base import Measure, Record, StoredRecord
 from unmemorize.records.pictures import SiteNeurons
 from unmemorize.records.training import Continuation, GroupResult
 
+NeuronSelection = Literal["per-layer", "global"]
+"""Whether every layer gives its own share of neurons, or all layers compete."""
+
 
 class LocalizedMethod(Record):
     """One localizer: what it chose and what that cost.
@@ -35,10 +38,33 @@ class Agreement(Record):
     by_chance_frac: float
 
 
-class TextLocalization(StoredRecord):
-    """The whole of a language model's `localization.json`. The first method is the one whose set is `neurons.json`.
+class NeuronSearch(Record):
+    """Few neurons along a method's ranking with which off no text keeps more than `leave_frac` of its likelihood.
 
-    `length_tokens` is where longer texts were cut.
+    A likelihood is the geometric mean probability of a suffix token, 0 to 1: `likelihood_before_frac` and
+    `likelihood_after_frac` over all texts searched on, `left_frac` the largest ratio of after to before of one text.
+    `forward_equivalents` counts passes of one example, `num_sets` the sets of neurons that were switched off.
+    """
+
+    method: str
+    leave_frac: float
+    left_frac: float
+    num_texts: int
+    likelihood_before_frac: float
+    likelihood_after_frac: float
+    num_neurons: int
+    neurons_per_layer: list[int]
+    num_sets: int
+    forward_equivalents: float
+    seconds: float
+
+
+class TextLocalization(StoredRecord):
+    """The whole of a language model's `localization.json`.
+
+    `neurons.json` is the set of the first method, or that of `search` if there was one. `share_frac` is that of every
+    layer, or of all layers together where `selection` is "global"; `skipped_layers` give none. `length_tokens` is where
+    longer texts were cut.
     """
 
     format: Literal["unmemorize.text_localization"] = "unmemorize.text_localization"
@@ -46,6 +72,8 @@ class TextLocalization(StoredRecord):
     model_id: str
     method: str
     share_frac: float
+    selection: NeuronSelection = "per-layer"
+    skipped_layers: list[int] = []
     prefix_tokens: int
     suffix_tokens: int
     length_tokens: int
@@ -54,6 +82,7 @@ class TextLocalization(StoredRecord):
     extraction_rate_frac: Measure
     methods: list[LocalizedMethod]
     agreement: list[Agreement] = []
+    search: NeuronSearch | None = None
 
 
 class NeuronState(Record):
@@ -68,7 +97,10 @@ class NeuronState(Record):
 
 
 class DeletionPoint(Record):
-    """The model with the best share of every layer off, by one method: what targets and ordinary text lose."""
+    """The model with the best share off, by one method: what targets and ordinary text lose.
+
+    The share is that of every layer, or of all layers together, as localization selected.
+    """
 
     method: str
     share_frac: float

@@ -170,6 +170,12 @@ def _done(audit: NeuronAudit) -> tuple[str, ...]:
         seconds = sum(one.seconds for one in audit.localized)
         passes = sum(one.forward_equivalents for one in audit.localized)
         sentences.append(f"Localizing took {passes:,.0f} forward-equivalents and {time_text(seconds)}.")
+    search = audit.settings.get("search")
+    if search:
+        sentences.append(
+            f"The neurons that are off were searched for along the ranking by {search['method']}, until no target kept "
+            f"more than {search['leave_frac']:.0%} of its likelihood."
+        )
     return tuple(sentences)
 
 

@@ -70,9 +70,10 @@ def curve_table(audit: NeuronAudit, ident: str) -> Table | None:
         )
         for number, one in enumerate(audit.curve)
     )
+    is_global = audit.settings.get("selection") == "global"
     columns = (
         Column(name="Method", is_number=False),
-        Column(name="Share off", hint="of every layer"),
+        Column(name="Share off", hint="of all layers" if is_global else "of every layer"),
         Column(name="Neurons"),
         Column(name="Verbatim", hint="targets"),
         Column(name="Loss", hint="targets, nats"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from unmemorize.errors import ConfigError, RunFolderError
 from unmemorize.verbs.answers import Answer, Precision, bar_line, figure_text, upper_end
+from unmemorize.verbs.language_runs import read_localization
 from unmemorize.verbs.texts import Cut, load_model, read_ordinary, read_texts, target_cuts
 
 if TYPE_CHECKING:
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
     from unmemorize.audit.neurons import TextWay
     from unmemorize.localize.neuron_scores import NeuronScores
     from unmemorize.neurons import NeuronSet
-    from unmemorize.records import Measure, NeuronState, ProgressCallback, TextLocalization
+    from unmemorize.records import Measure, NeuronAudit, NeuronState, ProgressCallback, TextLocalization
 
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
-"""Shares of each layer on the curve, beside the one that was chosen."""
+"""Shares on the curve, beside the one that was chosen."""
+
+
+MEASURED = "measured"
+"""Folder in the run that keeps what an interrupted audit has measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +51,7 @@ def audit(
     device: str = "auto",
     precision: Precision | None = None,
 ) -> Answer:
-    """Measure before, after, placebo, and further folders; write `audit.json`."""
+    """Measure before, after, placebo, and further folders; write `audit.json`. Interrupted, it continues."""
     from unmemorize.audit.examples import AuditSettings, continuations
     from unmemorize.audit.localized import site_neurons
     from unmemorize.audit.neurons import audit_ways
@@ -60,7 +65,7 @@ def audit(
     if (out / "audit.json").exists():
         raise RunFolderError(f"{out} already holds an audit; choose another folder")
     neurons = load_neurons(options.neurons or out / "neurons.json")
-    stored = _stored(out)
+    stored = read_localization(out)
     cut = _cut(options, stored)
     tokenizer = load_tokenizer(model)
     texts = read_texts(examples, tokenizer, model, cut)
@@ -70,7 +75,7 @@ def audit(
     require_same_model(neurons, loaded)
     settings = AuditSettings(lengths=((cut.prefix, cut.suffix),), seed=options.seed)
     ways = _ways(loaded, neurons, options, device, precision)
-    records, measured = audit_ways(ways, texts, ordinary, settings, progress=progress)
+    records, measured = audit_ways(ways, texts, ordinary, settings, kept_in=out / MEASURED, progress=progress)
     curve = _curve(
         out, loaded, stored, [t for t in texts if t.group == "target"], ordinary, settings, progress
     )
@@ -81,11 +86,8 @@ def audit(
         settings={
             "model": neurons.model_id,
             "headline_state": headline,
-            "prefix_tokens": cut.prefix,
-            "suffix_tokens": cut.suffix,
-            "length_tokens": cut.length,
             "num_ordinary": len(ordinary),
-            "seed": options.seed,
+            **_settings(options, cut, stored),
         },
         environment=environment(),
         states=records,
@@ -98,28 +100,34 @@ def audit(
     )
     result.save(out / "audit.json")
     after = next(one for one in records if one.state == headline)
+    return _answer(out / "audit.json", result, after, max_extraction)
+
+
+def _answer(path: Path, result: NeuronAudit, after: NeuronState, max_extraction: float | None) -> Answer:
     bar, code = bar_line("extraction", upper_end(_rate(after)), max_extraction)
-    lines = [*(_line(one) for one in records), result.verdict, *result.limits, *bar, str(out / "audit.json")]
+    lines = [*(_line(one) for one in result.states), result.verdict, *result.limits, *bar, str(path)]
     return Answer(data=result.model_dump(mode="json"), lines=lines, exit_code=code)
 
 
-def _stored(out: Path) -> TextLocalization | None:
-    """Return what localization left in the run folder, if it did."""
-    from pydantic import ValidationError
-
-    from unmemorize.errors import FileFormatError
-    from unmemorize.files import read_json
-    from unmemorize.records import TextLocalization
-
-    path = out / "localization.json"
-    if not path.is_file():
-        return None
-    try:
-        return TextLocalization.model_validate(
-            read_json(path, format="unmemorize.text_localization", version=1)
-        )
-    except ValidationError as error:
-        raise FileFormatError(f"{path} does not fit the localization format; localize again") from error
+def _settings(options: NeuronAuditOptions, cut: Cut, stored: TextLocalization | None) -> dict[str, Any]:
+    """Say how texts were cut, how the run chose neurons (its curve does too), and the search whose set is audited."""
+    given: dict[str, Any] = {
+        "prefix_tokens": cut.prefix,
+        "suffix_tokens": cut.suffix,
+        "length_tokens": cut.length,
+        "seed": options.seed,
+    }
+    if stored is None:
+        return given
+    given |= {"selection": stored.selection, "skipped_layers": stored.skipped_layers}
+    if stored.search is not None and options.neurons is None:
+        found = stored.search
+        given["search"] = {
+            "method": found.method,
+            "leave_frac": found.leave_frac,
+            "left_frac": found.left_frac,
+        }
+    return given
 
 
 def _cut(options: NeuronAuditOptions, stored: TextLocalization | None) -> Cut:
@@ -172,7 +180,18 @@ def _curve(
     scores = {name: load_scores(path) for name, path in paths.items() if path.is_file()}
     scores.update(_controls(model, scores))
     shares = sorted({*SHARES, stored.share_frac})
-    return deletion_curve(model, scores, shares, targets, ordinary, settings, progress=progress)
+    return deletion_curve(
+        model,
+        scores,
+        shares,
+        targets,
+        ordinary,
+        settings,
+        per_layer=stored.selection == "per-layer",
+        exclude_layers=stored.skipped_layers,
+        kept_in=out / MEASURED,
+        progress=progress,
+    )
 
 
 def _controls(model: PreTrainedModel, scores: dict[str, NeuronScores]) -> dict[str, NeuronScores]:

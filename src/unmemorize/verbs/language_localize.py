@@ -1,46 +1,55 @@
 """`localize` for language models: which texts are memorized, and which neurons hold them.
 
 The run folder gets `config.json` (what the run is of), `examples.jsonl`, `scores/METHOD.safetensors`, `neurons.json`
-(the set of the first method) and, last, `localization.json`. Scores that are there already are not computed again.
+(the set of the first method, or of the search along it) and, last, `localization.json`. Scores that are there already
+are not computed again. The folder is kept by `language_runs.py`, neurons are chosen by `language_search.py`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmemorize.errors import ConfigError, DataError, RunFolderError
+from unmemorize.errors import ConfigError, DataError
 from unmemorize.verbs.answers import Answer, Precision
-from unmemorize.verbs.texts import (
-    Cut,
-    decoded,
-    digest_of,
-    load_model,
-    read_ordinary,
-    read_texts,
-    target_cuts,
+from unmemorize.verbs.language_runs import start_run, write_examples
+from unmemorize.verbs.language_search import (
+    best_share,
+    few_neurons,
+    require_layers,
+    search_line,
+    share_line,
 )
+from unmemorize.verbs.texts import Cut, load_model, read_ordinary, read_texts, target_cuts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from unmemorize.audit.examples import Example
     from unmemorize.corpus.memorized import MemorizedExample
     from unmemorize.localize.neuron_scores import NeuronScores
     from unmemorize.neurons import NeuronSet
-    from unmemorize.records import Agreement, LocalizedMethod, Measure, ProgressCallback
-
-RUN_FORMAT, RUN_VERSION = "unmemorize.localize_run", 1
+    from unmemorize.records import (
+        Agreement,
+        LocalizedMethod,
+        Measure,
+        NeuronSelection,
+        ProgressCallback,
+        TextLocalization,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeuronOptions:
-    """Options of `localize` that only language models have; the verb says what they mean."""
+    """Options of `localize` that only language models have; the verb says what they mean. `leave` None: no search."""
 
     methods: str = "gradient"
     share: float = 0.01
+    select: NeuronSelection = "per-layer"
+    skip_layers: tuple[int, ...] = ()
+    leave: float | None = None
     seed: int = 0
     cut: Cut = field(default_factory=Cut)
     is_forced: bool = False
@@ -61,7 +70,7 @@ def localize(
     device: str = "auto",
     precision: Precision | None = None,
 ) -> Answer:
-    """Score the neurons of the memorized targets by every method, and keep the best share of each layer."""
+    """Score the neurons of the memorized targets by every method, and keep the best of them."""
     from unmemorize.localize.methods import COMPARED
     from unmemorize.models.language import fingerprint
     from unmemorize.records import TextLocalization
@@ -78,35 +87,65 @@ def localize(
             f"{compared[0]} compares with ordinary texts; give --ordinary FILE with two texts or more"
         )
     loaded = load_model(model, device, precision)
+    require_layers(loaded, options)
     is_memorized, rate = _memorized(loaded, targets, cut, is_forced=options.is_forced)
-    _start(out, _header(fingerprint(loaded), texts, known, names[0], options))
-    _write_examples(out, texts, tokenizer, dict(zip((t.name for t in targets), is_memorized, strict=True)))
+    start_run(out, fingerprint(loaded), texts, known, options)
+    write_examples(out, texts, tokenizer, dict(zip((t.name for t in targets), is_memorized, strict=True)))
     chosen = [t for t, is_one in zip(targets, is_memorized, strict=True) if is_one] or list(targets)
-    scores = {name: _scores(out, loaded, chosen, name, known, options, progress) for name in names}
-    sets = {name: found.top(options.share) for name, found in scores.items()}
-    sets[names[0]].save(out / "neurons.json")
+    found = _localized(out, loaded, chosen, known, options, progress)
     result = TextLocalization(
         model_id=fingerprint(loaded),
-        method=names[0],
-        share_frac=options.share,
-        prefix_tokens=cut.prefix,
-        suffix_tokens=cut.suffix,
-        length_tokens=cut.length,
         num_targets=len(targets),
         num_memorized=sum(is_memorized),
         extraction_rate_frac=rate,
-        methods=[_method(scores[name], sets[name]) for name in names],
-        agreement=_agreement(sets, scores[names[0]]),
+        **found,
     )
     result.save(out / "localization.json")
+    return _answer(out, result, options)
+
+
+def _localized(
+    out: Path,
+    model: PreTrainedModel,
+    chosen: Sequence[MemorizedExample],
+    known: Sequence[tuple[int, ...]],
+    options: NeuronOptions,
+    progress: ProgressCallback,
+) -> dict[str, Any]:
+    """Score by every method, choose, and write `neurons.json`; returns what `localization.json` says of it."""
+    names, cut = options.names, options.cut
+    scores = {name: _scores(out, model, chosen, name, known, options, progress) for name in names}
+    sets = {name: best_share(found, options) for name, found in scores.items()}
+    neurons, search = sets[names[0]], None
+    if options.leave is not None:
+        neurons, search = few_neurons(out, model, chosen, scores[names[0]], options.leave, progress)
+    neurons.save(out / "neurons.json")
+    return {
+        "method": names[0],
+        "share_frac": options.share,
+        "selection": options.select,
+        "skipped_layers": list(options.skip_layers),
+        "prefix_tokens": cut.prefix,
+        "suffix_tokens": cut.suffix,
+        "length_tokens": cut.length,
+        "methods": [_method(scores[name], sets[name]) for name in names],
+        "agreement": _agreement(sets, scores[names[0]]),
+        "search": search,
+    }
+
+
+def _answer(out: Path, result: TextLocalization, options: NeuronOptions) -> Answer:
+    repeated = f"{result.num_memorized} of {result.num_targets} target texts are repeated verbatim"
     lines = [
-        f"{result.num_memorized} of {len(targets)} target texts are repeated verbatim {_interval(rate)}",
+        f"{repeated} {_interval(result.extraction_rate_frac)}",
+        share_line(options),
         *(_line(found) for found in result.methods),
         *(
             f"{one.first} and {one.second} share {one.jaccard_frac:.0%} of their neurons "
             f"(chance {one.by_chance_frac:.1%})"
             for one in result.agreement
         ),
+        *([] if result.search is None else [search_line(result.search)]),
         str(out / "neurons.json"),
     ]
     data = {"run": str(out), "neurons": str(out / "neurons.json"), **result.model_dump(mode="json")}
@@ -125,6 +164,8 @@ def _known(options: NeuronOptions) -> list[str]:
         )
     if not 0 < options.share <= 1:
         raise ConfigError(f"share is {options.share}, expected a fraction above 0 and at most 1")
+    if options.leave is not None and not 0 <= options.leave < 1:
+        raise ConfigError(f"leave is {options.leave}, expected a fraction from 0 to below 1")
     return names
 
 
@@ -146,67 +187,6 @@ def _memorized(
     return is_exact, wilson(sum(is_exact), len(targets))
 
 
-def _header(
-    model_id: str,
-    texts: Sequence[Example],
-    known: Sequence[tuple[int, ...]],
-    method: str,
-    options: NeuronOptions,
-) -> dict[str, Any]:
-    settings = {
-        "model": model_id,
-        "examples": digest_of([[one.name, one.group, one.tokens] for one in texts]),
-        "ordinary": digest_of(known),
-        "method": method,
-        "share": options.share,
-        "seed": options.seed,
-        "prefix_tokens": options.cut.prefix,
-        "suffix_tokens": options.cut.suffix,
-        "length_tokens": options.cut.length,
-    }
-    return {"format": RUN_FORMAT, "format_version": RUN_VERSION, "settings": settings}
-
-
-def _start(out: Path, header: dict[str, Any]) -> None:
-    """Begin a run folder, or continue the same run in it."""
-    from unmemorize.files import read_json, write_json
-
-    path = out / "config.json"
-    if not path.exists():
-        if (out / "localization.json").exists() or (out / "audit.json").exists():
-            raise RunFolderError(f"{out} holds another run; choose a new folder")
-        write_json(path, header)
-        return
-    stored = read_json(path, format=RUN_FORMAT, version=RUN_VERSION)["settings"]
-    wanted = header["settings"]
-    changed = [name for name in wanted if stored.get(name) != wanted[name]]
-    if changed:
-        raise RunFolderError(f"{out} holds another run ({', '.join(changed)} differ); choose a new folder")
-
-
-def _write_examples(
-    out: Path,
-    texts: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    is_memorized: dict[str, bool],
-) -> None:
-    import json
-
-    from unmemorize.files import write_atomic
-
-    rows = [
-        {
-            "name": one.name,
-            "group": one.group,
-            "text": decoded(tokenizer, one.tokens),
-            "tokens": list(one.tokens),
-            **({"is_memorized": is_memorized[one.name]} if one.name in is_memorized else {}),
-        }
-        for one in texts
-    ]
-    write_atomic(out / "examples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def _scores(
     out: Path,
     model: PreTrainedModel,
@@ -219,16 +199,19 @@ def _scores(
     """Return a method's scores: those in the run folder, or new ones."""
     from unmemorize.localize.language import LocalizeSettings, localize
     from unmemorize.localize.methods import COMPARED
-    from unmemorize.localize.neuron_scores import load_scores
-    from unmemorize.localize.ordinary import collect_statistics
+    from unmemorize.localize.neuron_scores import ScoringCost, load_scores
+    from unmemorize.localize.ordinary import collect_statistics, passes
 
     path = out / "scores" / f"{name}.safetensors"
     if path.is_file():
         return load_scores(path)
-    settings = LocalizeSettings(seed=options.seed, is_forced=True)
-    quantity = COMPARED.get(name)
-    statistics = collect_statistics(model, known, quantity=quantity, progress=progress) if quantity else None
+    settings = LocalizeSettings(seed=options.seed, is_forced=True, exclude_layers=options.skip_layers)
+    statistics, spent, started = None, ScoringCost(), time.monotonic()
+    if name in COMPARED:
+        statistics = collect_statistics(model, known, quantity=COMPARED[name], progress=progress)
+        spent = ScoringCost(forward_equivalents=passes(statistics), seconds=time.monotonic() - started)
     found = localize(model, chosen, name, settings, statistics=statistics, progress=progress)  # type: ignore[arg-type]
+    found = replace(found, cost=found.cost + spent)
     found.save(path)
     return found
 
@@ -271,8 +254,9 @@ def _agreement(sets: dict[str, NeuronSet], scores: NeuronScores) -> list[Agreeme
 
 
 def _line(found: LocalizedMethod) -> str:
+    num_layers = sum(map(bool, found.neurons_per_layer))
     return (
-        f"{found.method}: {found.num_neurons} neurons in {len(found.neurons_per_layer)} layers; "
+        f"{found.method}: {found.num_neurons} neurons in {num_layers} layer{'s' if num_layers != 1 else ''}; "
         f"{found.forward_equivalents:.0f} forward-equivalents, {found.seconds:.1f} s"
     )
 

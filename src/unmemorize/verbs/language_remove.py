@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unmemorize.errors import ConfigError, RunFolderError
 from unmemorize.verbs.answers import Answer, TextEdit
-from unmemorize.verbs.texts import Cut, load_model, read_ordinary, read_texts
+from unmemorize.verbs.texts import Cut, decoded, load_model, read_ordinary, read_texts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +33,7 @@ class EditOptions:
     keep_undo: bool
     prefix: int = 32
     length: int = 256
+    protect: Path | None = None
 
 
 def edit(progress: ProgressCallback, model: Path, out: Path, options: EditOptions) -> Answer:
@@ -46,9 +47,11 @@ def edit(progress: ProgressCallback, model: Path, out: Path, options: EditOption
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} already holds something; choose a new folder")
     targets, retain, watched = _texts(model, options)
+    protect = _protected(model, options, targets, watched)
     loaded = load_model(model, "cpu")
-    settings = _settings(options)
-    edited = edited_copy(loaded, targets, retain, options.way, settings, progress=progress)
+    edited = edited_copy(
+        loaded, targets, retain, options.way, _settings(options), protect=protect, progress=progress
+    )
     before, after = (_perplexity(one, watched) for one in (loaded, edited.model))
     rise = after / before - 1
     if not rise <= options.budget:
@@ -62,27 +65,33 @@ def edit(progress: ProgressCallback, model: Path, out: Path, options: EditOption
             "--way"
         )
     manifest = {"budget_frac": options.budget, "perplexity_rise_frac": rise, "num_targets": len(targets)}
+    if protect is not None:
+        manifest["num_protected"] = len(protect)
     export_edit(
         edited, out, manifest=manifest, tokenizer=tokenizer_beside(model), keeps_undo=options.keep_undo
     )
-    difference = _proof(edited.model, out)
-    undo = undo_path(out)
-    lines = [
-        f"{options.way}: perplexity of ordinary texts {before:.2f} -> {after:.2f} ({rise:+.1%}, budget "
-        f"{options.budget:.1%}); {edited.cost.seconds:.1f} s",
-        f"loads without unmemorize; largest logit difference to the edited model {difference:.2g}",
-        *([f"undo: {undo}"] if options.keep_undo else []),
-        str(out),
-    ]
     data = {
         "folder": str(out),
         "way": options.way,
+        "num_protected": 0 if protect is None else len(protect),
         "perplexity": [before, after],
         "perplexity_rise_frac": rise,
-        "logit_difference": difference,
-        "undo": str(undo) if options.keep_undo else None,
+        "logit_difference": _proof(edited.model, out),
+        "undo": str(undo_path(out)) if options.keep_undo else None,
     }
-    return Answer(data=data, lines=lines)
+    return Answer(data=data, lines=_lines(data, options, edited.cost.seconds))
+
+
+def _lines(data: dict[str, Any], options: EditOptions, seconds: float) -> list[str]:
+    before, after = data["perplexity"]
+    protected = f", {data['num_protected']} texts protected" if data["num_protected"] else ""
+    return [
+        f"{options.way}: perplexity of ordinary texts {before:.2f} -> {after:.2f} "
+        f"({data['perplexity_rise_frac']:+.1%}, budget {options.budget:.1%}){protected}; {seconds:.1f} s",
+        f"loads without unmemorize; largest logit difference to the edited model {data['logit_difference']:.2g}",
+        *([f"undo: {data['undo']}"] if options.keep_undo else []),
+        data["folder"],
+    ]
 
 
 def _require_complete(options: EditOptions) -> None:
@@ -111,6 +120,40 @@ def _texts(model: Path, options: EditOptions) -> tuple[Any, Any, Any]:
         )
     retain = [text for number, text in enumerate(ordinary) if number % NUM_KEPT_BACK]
     return targets, retain, ordinary[::NUM_KEPT_BACK]
+
+
+def _protected(
+    model: Path, options: EditOptions, targets: Sequence[Sequence[int]], watched: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...], ...] | None:
+    """Read texts of an ability that should stay; None if no file was given.
+
+    Raises:
+        DataError: if one shares a passage with a target, or stands among those that watch the budget.
+    """
+    if options.protect is None:
+        return None
+    from unmemorize.corpus.passages import shared_passages
+    from unmemorize.corpus.prompts import read_prompts
+    from unmemorize.errors import DataError
+    from unmemorize.tokenizer import encode_documents, load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    texts = [one.text for one in read_prompts(options.protect)]
+    protect = tuple(dict.fromkeys(encode_documents(tokenizer, texts, options.length)))
+    shared = next(shared_passages([decoded(tokenizer, t) for t in targets], texts), None)
+    if shared is not None:
+        number, owner, passage = shared
+        raise DataError(
+            f"text {number + 1} of {options.protect} shares {passage[:60]!r} with target {owner + 1}; what is "
+            "protected stays, take it out of one"
+        )
+    both = len(set(protect) & set(watched))
+    if both:
+        raise DataError(
+            f"{both} texts of {options.protect} stand among the ordinary texts that watch the budget, and would make "
+            "it look kept; protect other texts"
+        )
+    return protect
 
 
 def _settings(options: EditOptions) -> Any:

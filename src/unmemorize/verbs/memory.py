@@ -1,4 +1,4 @@
-"""Verbs that look into a model: check, localize, audit, remove, report; what a user may say, option by option.
+"""Verbs that measure and remove memory: audit, remove, report; what a user may say, option by option.
 
 Each hands what was said to the family that the model belongs to.
 """
@@ -11,123 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from unmemorize.errors import ConfigError
-from unmemorize.verbs.answers import Answer, Positions, Precision, TextEdit
+from unmemorize.verbs.answers import Answer, Precision, TextEdit
 from unmemorize.verbs.families import family_of, folder_of
 
 if TYPE_CHECKING:
     from unmemorize.records import ProgressCallback
-
-
-def check(
-    progress: ProgressCallback,
-    model: Annotated[str, typer.Argument(help="Model or pipeline folder, or hub name.", metavar="MODEL")],
-    row: Annotated[
-        str | None, typer.Option(help="Site table row as JSON, for an architecture the table does not know.")
-    ] = None,
-) -> Answer:
-    """Check that a model's neurons can be gated and folded."""
-    from unmemorize.verbs import diffusion, language
-
-    model = folder_of(model)
-    if family_of(model) == "diffusion":
-        return diffusion.check(model, row)
-    return language.check(model, row)
-
-
-def localize(
-    progress: ProgressCallback,
-    model: Annotated[str, typer.Argument(help="Model or pipeline, folder or hub name.", metavar="MODEL")],
-    examples: Annotated[
-        Path,
-        typer.Option(
-            help="What may be memorized: a table or a list of prompts or texts (.csv, .jsonl, .txt), with groups."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Run folder; run the same command again to continue.")],
-    ordinary: Annotated[
-        Path | None,
-        typer.Option(
-            help="Ordinary prompts or texts, never memorized: activation statistics and threshold come from them."
-        ),
-    ] = None,
-    statistics: Annotated[
-        Path | None,
-        typer.Option(help="Activation statistics made before (.safetensors), or the released ones (.npz)."),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="Pipeline: NeMo fast (default), compat (as released) or paper (as written). Language model: gradient "
-            "(default) or other localizers, separated by commas; neurons.json is that of the first."
-        ),
-    ] = None,
-    ranking: Annotated[
-        Literal["unusual", "gradient"],
-        typer.Option(help="Order in which fast tries neurons: by z-score, or by a gradient."),
-    ] = "unusual",
-    clusters: Annotated[
-        bool, typer.Option(help="Find one set for each group of near-duplicate prompts (fast only).")
-    ] = False,
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Threshold of gate and search; by default calibrated on the ordinary prompts."),
-    ] = None,
-    calibrate: Annotated[
-        int, typer.Option(help="Ordinary prompts to calibrate on; 0: the published threshold of SD 1.4.")
-    ] = 50,
-    num_samples: Annotated[
-        int | None, typer.Option(help="Samples per prompt; by default 4 for fast, else 10.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples, or of a localizer that draws.")] = 1,
-    blocks: Annotated[
-        str | None, typer.Option(help="Blocks to search, separated by commas: down,mid,up ...")
-    ] = None,
-    positions: Annotated[
-        Positions, typer.Option(help="Token positions whose activations are averaged; tail: end and padding.")
-    ] = "all",
-    column: Annotated[str | None, typer.Option(help="Column of the table that holds the prompt.")] = None,
-    share: Annotated[
-        float, typer.Option(help="Language model: share of each layer's neurons to choose, 0 to 1.")
-    ] = 0.01,
-    prefix: Annotated[int, typer.Option(help="Language model: tokens of a text that are given.")] = 32,
-    suffix: Annotated[int, typer.Option(help="Language model: tokens that it is to repeat.")] = 32,
-    length: Annotated[int, typer.Option(help="Language model: tokens to which texts are cut.")] = 256,
-    force: Annotated[
-        bool, typer.Option("--force", help="Language model: go on if no target is memorized.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps; auto takes the first accelerator.")] = "auto",
-    dtype: Annotated[
-        Precision | None, typer.Option(help="Dtype of the weights; by default the checkpoint's.")
-    ] = None,
-) -> Answer:
-    """Find out what a model has memorized, prompts or texts, and which neurons hold it."""
-    from unmemorize.verbs import diffusion, language_localize, texts
-
-    model = folder_of(model)
-    if family_of(model) == "language":
-        wanted = language_localize.NeuronOptions(
-            methods=method or "gradient",
-            share=share,
-            seed=seed,
-            cut=texts.Cut(prefix=prefix, suffix=suffix, length=max(length, prefix + suffix)),
-            is_forced=force,
-        )
-        return language_localize.localize(progress, model, examples, out, ordinary, wanted, device, dtype)
-    options = diffusion.NemoOptions(
-        mode=diffusion.mode_of(method),
-        ranking=ranking,
-        is_clustered=clusters,
-        statistics=statistics,
-        num_samples=num_samples,
-        seed=seed,
-        threshold=threshold,
-        num_calibration=calibrate,
-        blocks=blocks,
-        positions=positions,
-        column=column,
-    )
-    loading = diffusion.Loading(device=device, precision=dtype)
-    return diffusion.localize(progress, model, examples, out, ordinary, options, loading)
 
 
 def audit(
@@ -258,6 +146,12 @@ def remove(
     ordinary: Annotated[
         Path | None, typer.Option(help="For edits: ordinary prompts or texts, to be preserved.")
     ] = None,
+    protect: Annotated[
+        Path | None,
+        typer.Option(
+            help="For curvature: texts of an ability that should stay (.jsonl with text, .csv, .txt)."
+        ),
+    ] = None,
     column: Annotated[str | None, typer.Option(help="For edit: column that holds the prompt.")] = None,
     prefix: Annotated[int, typer.Option(help="For output-vectors: tokens of a text that are given.")] = 32,
     budget: Annotated[
@@ -274,6 +168,11 @@ def remove(
     from unmemorize.verbs import diffusion, language, language_remove, picture_runs
 
     model = folder_of(model)
+    if protect is not None and way != "curvature":
+        raise ConfigError(
+            f"--protect is for --way curvature of language models; {f'--way {way}' if way else 'cutting neurons out'} "
+            "does not look at it: leave it out"
+        )
     if family_of(model) == "diffusion":
         if neurons is None and way != "edit" and (Path(model) / "sinks.json").is_file():
             return picture_runs.remove_sinks(Path(model), out, keep, way or "excise")
@@ -304,6 +203,7 @@ def remove(
         budget=budget,
         keep_undo=keep_undo,
         prefix=prefix,
+        protect=protect,
     )
     return language_remove.edit(progress, Path(model), out, options)
 
