@@ -65,8 +65,15 @@ def test_sets_of_sequences_are_read(folder: Path, capsys: pytest.CaptureFixture[
     path.write_text("".join(json.dumps({"prefix": row[:8], "suffix": row[8:16]}) + "\n" for row in rows[:2]))
     answer = ask(capsys, *words(folder, "sequences", examples="sequences.jsonl"))
     assert (answer["num_targets"], answer["num_memorized"]) == (2, 2)
-    outliers = ("--method", "outliers", "--ordinary", str(folder / "ordinary.txt"))
-    assert ask(capsys, *words(folder, "outliers", *outliers))["method"] == "outliers"
+    cost = {}
+    for method in ("outliers", "contrast"):
+        found = ask(
+            capsys, *words(folder, method, "--method", method, "--ordinary", str(folder / "ordinary.txt"))
+        )
+        assert found["method"] == method
+        cost[method] = found["methods"][0]["forward_equivalents"]
+    # Passes over ordinary texts count too, a backward pass as much as a forward one.
+    assert cost["contrast"] == 2 * cost["outliers"] > 2 * found["num_memorized"]
 
 
 def test_tables_arrays_and_run_folders_are_read_and_lengths_carried_on(
