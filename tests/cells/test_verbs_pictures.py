@@ -16,7 +16,7 @@ from unmemorize.cli import main
 from unmemorize.isolate.plan import SinkPlan
 from unmemorize.records import PictureAudit, load_any_audit
 
-STATES = ["before", "dedup", "sinks-off", "sinks-own", "sinks-foreign", "sinks-all"]
+STATES = ["before", "dedup", "sinks-off", "sinks-own", "sinks-foreign", "sinks-all", "placebo-sinks"]
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +69,18 @@ def test_train_audit_remove_report(
         for state in STATES
     }
     assert made["sinks-own"] != made["sinks-off"] != made["sinks-foreign"]
+    placebo = found.states[-1]
+    assert placebo.is_rival and placebo.num_neurons == 4 * closed.num_neurons // 16
+    assert made["sinks-own"] != made["placebo-sinks"] != made["sinks-off"]
+    figures = {group.group: group.similarities[0] for group in closed.groups}
+    assert figures["ordinary"].kept_beyond_placebo is not None
     model = run / "models" / "sinks-seed0"
     assert main(["remove", str(model), "--out", str(tmp_path / "plain")]) == 0
     assert "loads without unmemorize" in capsys.readouterr().out
     assert DiffusionPipeline.from_pretrained(str(tmp_path / "plain")) is not None
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert "sinks, own" in page and "all sinks closed" in page
+    assert "sinks, own" in page and "all sinks closed" in page and "sinks, placebo" in page
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def _state(
 ) -> PictureState:
     """Make the record of one state."""
     present = [group for group in GROUPS if any(case.group == group for case in cases)]
-    groups = [_group(group, way.state, cases, settings, tools, thresholds, numbers) for group in present]
+    groups = [_group(group, way, cases, settings, tools, thresholds, numbers) for group in present]
     return PictureState(
         state=way.state,
         label=way.label,
@@ -180,7 +180,7 @@ def _state(
 
 def _group(
     group: Group,
-    state: str,
+    way: Way,
     cases: Sequence[PromptCase],
     settings: PictureAuditSettings,
     tools: Instruments,
@@ -190,9 +190,9 @@ def _group(
     """Make the record of one group of prompts in one state."""
     resampling = Resampling(seed=settings.seed, num_resamples=settings.num_resamples)
     is_member = np.array([case.group == group for case in cases])
-    own, before = numbers[state], None if state == BEFORE else numbers[BEFORE]
-    rival = next((name for name in numbers if name.startswith(PLACEBO) and name != state), None)
-    placebo = None if rival is None or state.startswith(PLACEBO) else numbers[rival]
+    own, before = numbers[way.state], None if way.state == BEFORE else numbers[BEFORE]
+    rival = way.placebo or next((name for name in numbers if name.startswith(PLACEBO)), None)
+    placebo = None if rival is None or way.state.startswith(PLACEBO) else numbers[rival]
     similarities = []
     for name in (measure.name for measure in tools.measures):
         chosen = thresholds[name]

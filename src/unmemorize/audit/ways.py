@@ -78,6 +78,7 @@ class Way:
         description: one line for reports.
         is_rival: whether it is something to compare with (a placebo, a twin), not the result itself.
         num_neurons: neurons that are off in it.
+        placebo: the state that is its placebo; by default the first one that is a placebo.
         identity: what tells it from another way of the same name with the same weights, such as a digest of the neurons
             that are off: pictures made under another identity, or with other weights, are not reused.
         context: makes the `with` block in which the pipeline is in this state.
@@ -92,6 +93,7 @@ class Way:
     description: str = ""
     is_rival: bool = False
     num_neurons: int = 0
+    placebo: str = ""
     identity: str = ""
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     arguments: Callable[[str, tuple[int, ...]], Mapping[str, Any]] | None = None
@@ -107,7 +109,8 @@ def check_ways(ways: Sequence[Way]) -> None:
     """Refuse states that cannot be compared or stored.
 
     Raises:
-        ConfigError: if the first is not "before", or a name occurs twice or does not suit a folder.
+        ConfigError: if the first is not "before", a name occurs twice or does not suit a folder, or a placebo is none
+            of them.
     """
     names = [way.state for way in ways]
     if not names or names[0] != BEFORE:
@@ -119,3 +122,8 @@ def check_ways(ways: Sequence[Way]) -> None:
             raise ConfigError(f"state {name!r} does not suit a folder; use small letters, digits, - and _")
         if names.count(name) > 1:
             raise ConfigError(f"state {name!r} occurs twice; give each way its own name")
+    for way in ways:
+        if way.placebo and way.placebo not in names:
+            raise ConfigError(
+                f"the placebo of state {way.state!r} is {way.placebo!r}; expected one of {names}"
+            )
