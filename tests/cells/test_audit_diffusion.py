@@ -326,6 +326,12 @@ def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
 
     refused([], [before], DataError, "no prompts to audit")
     refused([case, case], [before], DataError, "occurs twice")
+    named = replace(case, name="one")
+    refused([named, replace(named, name="two"), named], [before], DataError, "occurs twice")
+    across = replace(named, name="two", group="ordinary")
+    refused([named, across], [before], DataError, r"occurs twice \(target and ordinary\)")
+    lost = Way(state="off", label="o", pipe=pipe, placebo="placebo-2")
+    refused([case], [before, lost], ConfigError, "the placebo of state 'off' is 'placebo-2'; expected one")
     refused([PromptCase(prompt=" ", group="target")], [before], DataError, "a prompt is empty")
     refused([PromptCase(prompt="p", group="rest")], [before], DataError, "in group 'rest'; expected one of")  # type: ignore[arg-type]
     refused([case], [other], ConfigError, "the first one must be 'before'")
@@ -585,7 +591,7 @@ def test_each_prompt_can_have_a_block_of_its_own(tmp_path: Path) -> None:
         state="own",
         label="own",
         pipe=pipe,
-        prompt_context=lambda prompt: off() if prompt == "a red cat" else nullcontext(),
+        case_context=lambda case: off() if case.prompt == "a red cat" else nullcontext(),
     )
     ways = [
         Way(state="before", label="before", pipe=pipe),

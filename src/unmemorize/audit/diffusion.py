@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unmemorize.audit.examples import GROUPS
 from unmemorize.audit.picture_figures import Resampling, per_prompt, similarity_figures
@@ -35,11 +36,13 @@ from unmemorize.audit.picture_verdict import PLACEBO, picture_verdict
 from unmemorize.audit.pictures import Picture, PromptCase, check_cases, read_picture, write_picture
 from unmemorize.audit.prompt_alignment import ClipAlignment
 from unmemorize.audit.similarity import CopyThreshold, SimilarityMeasure, structure
+from unmemorize.audit.statistics import Floats
 from unmemorize.audit.ways import BEFORE, TRAINING, PictureAuditSettings, Way, check_ways
 from unmemorize.errors import ConfigError
 from unmemorize.records import (
     Group,
     LocalizedPrompt,
+    Measure,
     PictureAudit,
     PictureGroup,
     PicturePrompt,
@@ -207,11 +210,12 @@ def _group(
                 resampling=resampling,
             )
         )
-    alignment = change = None
-    if own.alignment_N is not None:
-        alignment = resampling.mean(own.alignment_N[is_member])
-        if before is not None and before.alignment_N is not None:
-            change = resampling.difference(own.alignment_N[is_member], before.alignment_N[is_member])
+    alignment, alignment_change = _mean_and_change(
+        own.alignment_N, None if before is None else before.alignment_N, is_member, resampling
+    )
+    loss, loss_change = _mean_and_change(
+        own.loss_N, None if before is None else before.loss_N, is_member, resampling
+    )
     has_distances = own.distances is not None and tools.quality is not None and tools.quality.group == group
     fid, kid = own.distances if has_distances and own.distances is not None else (None, None)
     return PictureGroup(
@@ -220,10 +224,24 @@ def _group(
         pictures_per_prompt=len(settings.seeds),
         similarities=similarities,
         alignment=alignment,
-        alignment_change=change,
+        alignment_change=alignment_change,
+        denoising_loss=loss,
+        denoising_loss_change=loss_change,
         fid=fid,
         kid=kid,
     )
+
+
+def _mean_and_change(
+    now_N: Floats | None, before_N: Floats | None, is_member: NDArray[np.bool_], resampling: Resampling
+) -> tuple[Measure | None, Measure | None]:
+    """Give the mean of one number a prompt over a group and its paired change from before; None if not measured."""
+    if now_N is None or not np.isfinite(now_N[is_member]).all():
+        return None, None
+    mean = resampling.mean(now_N[is_member])
+    if before_N is None or not np.isfinite(before_N[is_member]).all():
+        return mean, None
+    return mean, resampling.difference(now_N[is_member], before_N[is_member])
 
 
 def _prompts(
@@ -234,6 +252,7 @@ def _prompts(
         PicturePrompt(
             prompt=case.prompt,
             group=case.group,
+            name=case.name,
             picture=shown[number],
             made={state: list(measured.made.paths[number]) for state, measured in numbers.items()},
             copy_similarity=per_prompt(compared, number),

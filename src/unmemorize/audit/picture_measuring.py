@@ -71,12 +71,14 @@ class StateNumbers:
         made: its pictures.
         similarities: measure -> similarities.
         alignment_N: median over seeds of each prompt's alignment, shape (N,), unitless; None if not measured.
+        loss_N: denoising loss of each prompt's picture, shape (N,), unitless; None if not measured.
         distances: FID and KID of the group they were measured on; None if not measured.
     """
 
     made: Made
     similarities: Mapping[str, PictureSimilarities]
     alignment_N: Floats | None
+    loss_N: Floats | None
     distances: tuple[Measure, Measure] | None
 
 
@@ -117,6 +119,7 @@ class PictureMeasuring:
             made=made,
             similarities=similarities,
             alignment_N=self._alignment(made),
+            loss_N=None if way.losses is None else np.asarray(way.losses(), dtype=np.float64),
             distances=self._distances(made),
         )
         if self.progress is not None:

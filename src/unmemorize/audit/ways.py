@@ -14,6 +14,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import ArrayLike
+
+from unmemorize.audit.pictures import PromptCase
 from unmemorize.audit.statistics import NUM_RESAMPLES
 from unmemorize.errors import ConfigError
 from unmemorize.models.denoising import Pipeline
@@ -84,7 +87,9 @@ class Way:
         context: makes the `with` block in which the pipeline is in this state.
         arguments: (prompt, seeds of the batch) -> arguments of the pipeline's call that replace the usual ones, such
             as another `prompt`, or `prompt_embeds` with one row.
-        prompt_context: prompt -> a further `with` block for its pictures alone, such as its own neurons off.
+        losses: makes the denoising loss of each case's first picture in this state, shape (N,), unitless; NaN where
+            there is none. It puts the pipeline into the state itself.
+        case_context: case -> a further `with` block for its pictures alone, such as its own neurons off.
     """
 
     state: str
@@ -97,12 +102,13 @@ class Way:
     identity: str = ""
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     arguments: Callable[[str, tuple[int, ...]], Mapping[str, Any]] | None = None
-    prompt_context: Callable[[str], AbstractContextManager[Any]] | None = None
+    losses: Callable[[], ArrayLike] | None = None
+    case_context: Callable[[PromptCase], AbstractContextManager[Any]] | None = None
 
     @property
     def is_by_prompt(self) -> bool:
         """Whether what is done depends on the prompt, so that no call may hold two."""
-        return self.arguments is not None or self.prompt_context is not None
+        return self.arguments is not None or self.case_context is not None
 
 
 def check_ways(ways: Sequence[Way]) -> None:

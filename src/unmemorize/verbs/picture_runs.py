@@ -6,7 +6,7 @@ others and the states of their sinks stand beside it (`picture_states.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from unmemorize.verbs.answers import Answer, bar_line, figure_text, file_with_op
 from unmemorize.verbs.diffusion import Loading, PictureOptions, alignment_of, measures_of, quietly
 
 if TYPE_CHECKING:
-    from unmemorize.records import PictureAudit, ProgressCallback
+    from unmemorize.records import Measure, PictureAudit, ProgressCallback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ def audit(
     config = read_json(run / "config.json", format="unmemorize.run", version=1)["settings"]
     if max_extraction is not None and not any(name.startswith("sinks") for name in config["methods"]):
         raise ConfigError(f"--max-extraction is about closed sinks, and {run} trained none; leave it out")
-    cases, owners = measured(run)
+    pictures = measured(run)
     settings = PictureAuditSettings(
         seeds=tuple(range(1000, 1000 + options.num_seeds)),
         num_steps=options.num_steps,
@@ -131,11 +131,11 @@ def audit(
     )
     audits: list[PictureAudit] = []
     for seed in config["seeds"]:
-        ways = list(ways_of(run, config["methods"], seed, owners, loading))
+        ways = list(ways_of(run, config["methods"], seed, pictures, loading))
         device = str(ways[0].pipe.device)
         audits.append(
             audit_pictures(
-                cases,
+                pictures.cases,
                 ways,
                 settings,
                 run / "audits" / f"seed{seed}",
@@ -143,33 +143,52 @@ def audit(
                 alignment=alignment_of(options.clip, device),
                 title=f"Audit of {run.name}, seed {seed}",
                 headline=next((way.state for way in ways[1:] if not way.is_rival), None),
+                limits=pictures.limits,
                 progress=progress,
             )
         )
-    figures, lines = _over_seeds(audits)
+    copies, losses, lines = _over_seeds(audits)
     bar, code = bar_line("copies of targets with sinks closed", _worst_closed(audits), max_extraction)
     folders = [str(run / "audits" / f"seed{seed}") for seed in config["seeds"]]
     verdicts = [audit.verdict for audit in audits]
     return Answer(
-        data={"audits": folders, "copies": figures},
+        data={"audits": folders, "copies": copies, "validation_loss": losses},
         lines=[*verdicts, *lines, *bar, f"next: unmemorize report {run}"],
         exit_code=code,
     )
 
 
-def _over_seeds(audits: Sequence[PictureAudit]) -> tuple[dict[str, Any], list[str]]:
-    """Return each state's copy rates by seed, and a line for each: the mean, with an interval from three seeds on."""
+Figures = dict[str, list[float]]
+
+
+def _over_seeds(audits: Sequence[PictureAudit]) -> tuple[Figures, Figures, list[str]]:
+    """Return each state's copy rates and validation losses by seed, and a line for each state."""
+    copies: Figures = {}
+    losses: Figures = {}
+    lines = []
+    for number, state in enumerate(audits[0].states):
+        copies[state.state] = _values(_copies(audit, number) for audit in audits)
+        losses[state.state] = _values(_validation_loss(audit, number) for audit in audits)
+        words = [f"copies {_mean(copies[state.state], '.2f')}"]
+        words += [f"validation loss {_mean(losses[state.state], '.4f')}"] if losses[state.state] else []
+        words += [state.description] if state.description else []
+        lines.append(f"{state.label}: {'; '.join(words)}")
+    return copies, losses, lines
+
+
+def _values(measures: Iterable[Measure | None]) -> list[float]:
+    return [measure.value for measure in measures if measure is not None and measure.value is not None]
+
+
+def _mean(values: Sequence[float], style: str) -> str:
+    """Word a mean over seeds, with an interval from three seeds on."""
     from unmemorize.audit.statistics import mean_over_seeds
 
-    figures, lines = {}, []
-    for number, state in enumerate(audits[0].states):
-        rates = [_copies(audit, number) for audit in audits]
-        values = [rate.value for rate in rates if rate is not None and rate.value is not None]
-        over = figure_text(mean_over_seeds(values))
-        mean = f"{sum(values) / len(values):.2f}" if len(values) in (1, 2) else over
-        lines.append(f"{state.label}: copies {mean}; {state.description}")
-        figures[state.state] = values
-    return figures, lines
+    return (
+        f"{sum(values) / len(values):{style}}"
+        if len(values) in (1, 2)
+        else figure_text(mean_over_seeds(values), style)
+    )
 
 
 def _worst_closed(audits: Sequence[PictureAudit]) -> float:
@@ -190,7 +209,12 @@ def _refuse_for_pipelines(options: PictureOptions) -> None:
         )
 
 
-def _copies(audit: PictureAudit, number: int) -> Any:
+def _validation_loss(audit: PictureAudit, number: int) -> Measure | None:
+    groups = audit.states[number].groups
+    return next((g.denoising_loss for g in groups if g.group == "ordinary"), None)
+
+
+def _copies(audit: PictureAudit, number: int) -> Measure | None:
     groups = audit.states[number].groups
     return next((g.similarities[0].copy_rate_frac for g in groups if g.group == "target"), None)
 
