@@ -136,6 +136,8 @@ def test_pictures_need_a_pipeline_and_an_audit_finished_models(
     (run / "examples.jsonl").write_text("")
     assert main(["audit", str(run)]) == 2
     assert "is not trained yet; run unmemorize train again" in capsys.readouterr().err
+    assert main(["audit", str(run), "--copy-threshold", "2"]) == 2
+    assert "--copy-threshold is 2.0, expected above 0 and at most 1" in capsys.readouterr().err
     assert main(["audit", str(run), "--rivals", "padding", "--twin", str(material / "pipe")]) == 2
     assert "--twin, --rivals: for a pipeline; a run is audited with its own" in capsys.readouterr().err
 
@@ -195,9 +197,10 @@ def test_pictures_that_share_a_caption_are_each_measured_with_their_own_sinks(
         row["caption"] = "a red cat"
     (run / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     audit = ["audit", str(run), "--num-seeds", "1", "--num-steps", "1", "--device", "cpu"]
-    assert main(audit) == 0
+    assert main([*audit, "--copy-threshold", "0.25"]) == 0
     found = load_any_audit(run / "audits" / "seed0" / "audit.json")
     assert isinstance(found, PictureAudit)
+    assert found.copy_thresholds == {"structure": 0.25}
     first, second, *others = found.prompts
     assert [one.prompt for one in (first, second)] == ["a red cat", "a red cat"]
     assert [one.name for one in (first, second, others[0])] == ["target-0000", "target-0001", ""]

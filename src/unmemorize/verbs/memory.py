@@ -185,6 +185,12 @@ def audit(
     size_px: Annotated[
         int | None, typer.Option(help="Pipeline: side of the pictures in pixels; by default its own.")
     ] = None,
+    copy_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Pipeline: similarity by structure from which a picture is a copy, 0 to 1; by default computed."
+        ),
+    ] = None,
     column: Annotated[str | None, typer.Option(help="Pipeline: column that holds the prompt.")] = None,
     device: Annotated[str, typer.Option(help="With neurons: cpu, cuda, mps, or auto.")] = "auto",
     dtype: Annotated[Precision | None, typer.Option(help="With neurons: dtype of the weights.")] = None,
@@ -224,6 +230,7 @@ def audit(
         num_steps=num_steps,
         guidance=guidance,
         size_px=size_px,
+        copy_threshold=copy_threshold,
         column=column,
     )
     loading = diffusion.Loading(device=device, precision=dtype)

@@ -128,6 +128,7 @@ def audit(
         num_steps=options.num_steps,
         guidance=options.guidance,
         size_px=options.size_px,
+        copy_thresholds=options.copy_thresholds,
     )
     audits: list[PictureAudit] = []
     for seed in config["seeds"]:
