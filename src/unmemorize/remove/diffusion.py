@@ -20,7 +20,13 @@ from torch import Tensor
 from unmemorize.errors import CheckpointMismatch, ConfigError
 from unmemorize.files import whole_folder
 from unmemorize.gates import closed, folded, gated
-from unmemorize.models.denoiser_layers import find_places, has_plain_widths, plain_widths, resized
+from unmemorize.models.denoiser_layers import (
+    find_places,
+    has_plain_widths,
+    plain_widths,
+    require_no_adapters,
+    resized,
+)
 from unmemorize.models.denoising import Pipeline, denoiser_of, with_denoiser
 from unmemorize.models.diffusion import DenoiserRow, fingerprint, load, quiet_diffusers, require_same_model
 from unmemorize.neurons import NeuronSet, Site
@@ -125,7 +131,9 @@ def export(
         CheckpointMismatch: if the original is of another architecture or dtype.
         RunFolderError: if the destination holds something, or cannot be written.
         ConfigError: if the denoiser has grown sinks, which no config describes.
+        ModelNotSupported: if the denoiser has adapters.
     """
+    require_no_adapters(pipe)
     if not has_plain_widths(pipe, row):
         raise ConfigError(
             "the denoiser has grown sinks, which its config does not describe, so that a folder would not load; excise "
