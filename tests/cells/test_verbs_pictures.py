@@ -95,6 +95,13 @@ def test_train_audit_remove_report(
     assert main(["remove", str(model), "--out", str(tmp_path / "plain")]) == 0
     assert "loads without unmemorize" in capsys.readouterr().out
     assert DiffusionPipeline.from_pretrained(str(tmp_path / "plain")) is not None
+    kept = str(json.loads((run / "examples.jsonl").read_text().splitlines()[0])["id"])
+    assert main(["remove", str(model), "--out", str(tmp_path / "kept"), "--keep", kept]) == 0
+    printed = capsys.readouterr().out
+    assert f"removed {closed.num_neurons * 12 // 16} neurons, kept {placebo.num_neurons} of 1 ids" in printed
+    assert "loads without unmemorize, grown sinks closed; load_with_sinks opens them" in printed
+    assert json.loads((tmp_path / "kept" / "unmemorize.json").read_text())["kept_ids"] == [int(kept)]
+    assert (tmp_path / "kept" / "sinks.json").is_file() and not (tmp_path / "plain" / "sinks.json").exists()
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "sinks, own" in page and "all sinks closed" in page and "sinks, placebo" in page

@@ -251,7 +251,10 @@ def remove(
         ),
     ] = None,
     keep: Annotated[
-        str | None, typer.Option(help="Language model: ids whose sinks stay, separated by commas.")
+        str | None,
+        typer.Option(
+            help="Ids whose sinks stay, separated by commas; those of a pipeline's grown pool beside the plain folder."
+        ),
     ] = None,
     way: Annotated[
         Literal["excise", "fold", "edit", TextEdit] | None,

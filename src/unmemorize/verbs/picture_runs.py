@@ -222,10 +222,14 @@ def _copies(audit: PictureAudit, number: int) -> Measure | None:
 
 @quietly
 def remove_sinks(model: Path, out: Path, keep: str | None, way: str) -> Answer:
-    """Take the pool out of a pipeline that was trained with sinks, and prove that the folder is a plain one."""
+    """Take the pool out of a pipeline that was trained with sinks, and prove that the folder is a plain one.
+
+    No config describes a part of a grown pool: sinks that stay are kept beside the plain folder, the others as zeros.
+    """
     from unmemorize.isolate.sink_files import load_with_sinks
+    from unmemorize.models.denoiser_layers import has_plain_widths
     from unmemorize.models.diffusion import fingerprint
-    from unmemorize.remove.diffusion import excise, export, prove_plain
+    from unmemorize.remove.diffusion import excise, export, export_with_sinks, keep_sinks, prove_plain
     from unmemorize.remove.folders import manifest_of
 
     if way != "excise":
@@ -233,9 +237,19 @@ def remove_sinks(model: Path, out: Path, keep: str | None, way: str) -> Answer:
     pipe, plan = load_with_sinks(model)
     kept = integers(keep)
     chosen = plan.pool() - plan.neurons_for(kept) if kept else plan.pool()
-    smaller = excise(pipe, chosen)
-    manifest = manifest_of(way, fingerprint(pipe), chosen)
-    export(smaller, out, manifest=manifest)
+    is_beside = bool(kept) and not has_plain_widths(pipe)
+    if kept and is_beside:
+        manifest = {**manifest_of("fold", fingerprint(pipe), chosen), "kept_ids": kept}
+        export_with_sinks(keep_sinks(pipe, plan, kept), plan, out, manifest=manifest)
+    else:
+        export(excise(pipe, chosen), out, manifest=manifest_of(way, fingerprint(pipe), chosen))
     prove_plain(out, "a picture", num_inference_steps=1)
-    lines = [f"removed {len(chosen)} neurons", "loads without unmemorize", str(out)]
-    return Answer(data={"folder": str(out), "num_neurons": len(chosen)}, lines=lines)
+    num_kept = len(plan.pool()) - len(chosen)
+    lines = [
+        f"removed {len(chosen)} neurons" + (f", kept {num_kept} of {len(kept)} ids" if kept else ""),
+        "loads without unmemorize"
+        + (", grown sinks closed; load_with_sinks opens them" if is_beside else ""),
+        str(out),
+    ]
+    data = {"folder": str(out), "num_neurons": len(chosen), "num_kept": num_kept}
+    return Answer(data=data, lines=lines)
