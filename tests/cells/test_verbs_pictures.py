@@ -17,6 +17,7 @@ from unmemorize.isolate.plan import SinkPlan
 from unmemorize.records import Measure, PictureAudit, load_any_audit
 
 NUM_PICTURES = 12
+SETTING = "sinks-sinks_per_id-3"  # the states of method sinks:sinks_per_id=3
 STATES = ["before", "dedup", "sinks-off", "sinks-own", "sinks-foreign", "sinks-all", "placebo-sinks"]
 
 
@@ -198,7 +199,7 @@ def test_pictures_that_share_a_caption_are_each_measured_with_their_own_sinks(
     material: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    assert main([*words(material, run), "--methods", "standard sinks"]) == 0
+    assert main([*words(material, run), "--methods", "standard sinks:sinks_per_id=3"]) == 0
     rows = [json.loads(line) for line in (run / "examples.jsonl").read_text().splitlines()]
     for row in (rows[0], rows[1], rows[5]):  # two repeated pictures and an ordinary one
         row["caption"] = "a red cat"
@@ -213,10 +214,10 @@ def test_pictures_that_share_a_caption_are_each_measured_with_their_own_sinks(
     assert [one.name for one in (first, second, others[0])] == ["target-0000", "target-0001", ""]
     assert len(others) == 3 + 4 and all(one.prompt != "a red cat" for one in others)
     folder = run / "audits" / "seed0"
-    for state, is_equal in (("before", True), ("sinks-off", True), ("sinks-own", False)):
+    for state, is_equal in (("before", True), (f"{SETTING}-off", True), (f"{SETTING}-own", False)):
         one, other = ((folder / made.made[state][0]).read_bytes() for made in (first, second))
         assert (one == other) == is_equal, state
-    assert first.copy_similarity["sinks-off"] != second.copy_similarity["sinks-off"]
+    assert first.copy_similarity[f"{SETTING}-off"] != second.copy_similarity[f"{SETTING}-off"]
     assert any(
         limit.startswith("1 ordinary pictures have the caption of a repeated") for limit in found.limits
     )
