@@ -81,6 +81,7 @@ def test_train_audit_remove_report(
     ordinary = {state.state: values(state.groups[1].denoising_loss) for state in found.states}
     assert ordinary["sinks-off"] == ordinary["sinks-own"] == ordinary["sinks-foreign"]
     assert len({ordinary[name] for name in ("sinks-off", "sinks-all", "placebo-sinks")}) == 3
+    assert "copies refused (5 examples; a rate needs 12" in printed
     assert printed.count("; validation loss 0.") + printed.count("; validation loss 1.") == len(STATES)
     made = {
         state: [(run / "audits" / "seed0" / path).read_bytes() for path in found.prompts[0].made[state]]

@@ -6,7 +6,7 @@ others and the states of their sinks stand beside it (`picture_states.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,28 +168,29 @@ def _over_seeds(audits: Sequence[PictureAudit]) -> tuple[Figures, Figures, list[
     losses: Figures = {}
     lines = []
     for number, state in enumerate(audits[0].states):
-        copies[state.state] = _values(_copies(audit, number) for audit in audits)
-        losses[state.state] = _values(_validation_loss(audit, number) for audit in audits)
-        words = [f"copies {_mean(copies[state.state], '.2f')}"]
-        words += [f"validation loss {_mean(losses[state.state], '.4f')}"] if losses[state.state] else []
+        rates = [_copies(audit, number) for audit in audits]
+        errors = [_validation_loss(audit, number) for audit in audits]
+        copies[state.state], losses[state.state] = _values(rates), _values(errors)
+        words = [f"copies {_mean(rates, '.2f')}", f"validation loss {_mean(errors, '.4f')}"]
         words += [state.description] if state.description else []
         lines.append(f"{state.label}: {'; '.join(words)}")
     return copies, losses, lines
 
 
-def _values(measures: Iterable[Measure | None]) -> list[float]:
+def _values(measures: Sequence[Measure | None]) -> list[float]:
     return [measure.value for measure in measures if measure is not None and measure.value is not None]
 
 
-def _mean(values: Sequence[float], style: str) -> str:
-    """Word a mean over seeds, with an interval from three seeds on."""
+def _mean(measures: Sequence[Measure | None], style: str) -> str:
+    """Word a mean over seeds, with an interval from three seeds on; why there is none, where there is none."""
     from unmemorize.audit.statistics import mean_over_seeds
 
-    return (
-        f"{sum(values) / len(values):{style}}"
-        if len(values) in (1, 2)
-        else figure_text(mean_over_seeds(values), style)
-    )
+    values = _values(measures)
+    if not values:
+        return figure_text(measures[0])
+    if len(values) < 3:
+        return f"{sum(values) / len(values):{style}}"
+    return figure_text(mean_over_seeds(values), style)
 
 
 def _worst_closed(audits: Sequence[PictureAudit]) -> float:
