@@ -5,6 +5,7 @@ The backend aot_eager captures the same graphs as the default one and needs no c
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,8 +111,17 @@ def test_layers_compiled_one_by_one(compute: Any) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", ["pixart", pytest.param("sd1", marks=pytest.mark.slow)])
-def test_a_compiled_denoiser_follows_ids_and_states(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("pixart", "aot_eager"),
+        pytest.param("sd1", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("pixart", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_denoiser_follows_ids_and_states(kind: str, backend: str) -> None:
+    if backend == "inductor" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("there is no compiler of C++, which inductor needs on the CPU")
     pipe = diffusion.grow(tiny_pipeline(kind), 6)
     settings = SinkSettings(share_frac=0.5, grown=6, active_frac=None, sinks_per_id=8)
     plan, denoiser = diffusion.plan_sinks(pipe, settings), denoiser_of(pipe)
@@ -129,7 +139,7 @@ def test_a_compiled_denoiser_follows_ids_and_states(kind: str) -> None:
         for ours, theirs in zip(found[1], expected[1], strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
-    compiled = torch.compile(denoiser, backend="aot_eager")
+    compiled = torch.compile(denoiser, backend=backend)
     denoiser.train()
     with diffusion.training_sinks(pipe, plan):
         equal(BY_ROW[0])
