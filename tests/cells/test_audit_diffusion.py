@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.drawings import drawing
+from tests.drawings import Picture, drawing
 from tests.stub_pipeline import StubPipeline, training_picture
 from tests.tiny_diffusion import tiny_clip, tiny_pipeline
+from unmemorize.audit.copy_threshold import MIN_CONTROLS, choose_threshold, strangers
 from unmemorize.audit.diffusion import audit_pictures
 from unmemorize.audit.picture_figures import PictureSimilarities
-from unmemorize.audit.picture_measuring import choose_threshold
 from unmemorize.audit.picture_quality import PictureQuality, fid_and_kid
 from unmemorize.audit.pictures import PromptCase, read_picture
 from unmemorize.audit.prompt_alignment import ClipAlignment, ClipFeatures
@@ -326,6 +326,12 @@ def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
 
     refused([], [before], DataError, "no prompts to audit")
     refused([case, case], [before], DataError, "occurs twice")
+    named = replace(case, name="one")
+    refused([named, replace(named, name="two"), named], [before], DataError, "occurs twice")
+    across = replace(named, name="two", group="ordinary")
+    refused([named, across], [before], DataError, r"occurs twice \(target and ordinary\)")
+    lost = Way(state="off", label="o", pipe=pipe, placebo="placebo-2")
+    refused([case], [before, lost], ConfigError, "the placebo of state 'off' is 'placebo-2'; expected one")
     refused([PromptCase(prompt=" ", group="target")], [before], DataError, "a prompt is empty")
     refused([PromptCase(prompt="p", group="rest")], [before], DataError, "in group 'rest'; expected one of")  # type: ignore[arg-type]
     refused([case], [other], ConfigError, "the first one must be 'before'")
@@ -557,17 +563,65 @@ def test_controls_decide_alone_once_there_are_enough(
         ]
     )
     measure, settings = structure(), PictureAuditSettings()
-    chosen = choose_threshold(measure, cases, settings, vectors, similarities(values))
-    assert (
-        chosen is None if expected is None else chosen is not None and chosen.value == pytest.approx(expected)
-    )
+    made = np.zeros((len(cases), 2, 2))
+    chosen = choose_threshold(measure, cases, settings, vectors, similarities(values), made)
+    assert chosen.value == (None if expected is None else pytest.approx(expected))
     named = PictureAuditSettings(copy_thresholds={"structure": 0.3})
-    other = choose_threshold(measure, cases, named, vectors, similarities(values))
-    assert other is not None and (other.value, other.is_computed) == (0.3, False)
+    other = choose_threshold(measure, cases, named, vectors, similarities(values), made)
+    assert (other.value, other.is_computed) == (0.3, False)
     conventional = choose_threshold(
-        replace(measure, copy_threshold=0.7), cases, settings, vectors, similarities(values)
+        replace(measure, copy_threshold=0.7), cases, settings, vectors, similarities(values), made
     )
-    assert conventional is not None and conventional.value == 0.7
+    assert conventional.value == 0.7
+
+
+def noise(number: int) -> Picture:
+    return np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+def test_pictures_of_noise_set_no_threshold_that_unrelated_pictures_reach(tmp_path: Path) -> None:
+    """Two training pictures of noise have a similarity of about 0, and what is made resembles neither."""
+
+    class Noise(StubPipeline):
+        def __call__(self, prompt: Any = None, generator: Any = None, output_type: str = "np") -> Any:  # type: ignore[override]
+            made = super().__call__(prompt, generator=generator)
+            made.images = [
+                noise(1000 + one.initial_seed() + len(text)) / 255
+                for text, one in zip(prompt, generator, strict=True)
+            ]
+            return made
+
+    cases = [PromptCase(prompt="n" * n, group="target", pictures=(noise(n),)) for n in range(1, 3)]
+    audit = audit_pictures(cases, [Way(state="before", label="b", pipe=Noise({}))], SETTINGS, tmp_path)
+    assert audit.copy_thresholds["structure"] == 0.4
+    rule = audit.settings["copy_threshold_rules"]["structure"]
+    assert rule.startswith("the least that structure calls a copy; computed it would be ")
+    free = replace(structure(), name="free", least_threshold=0.0)
+    audit = audit_pictures(
+        cases, [Way(state="before", label="b", pipe=Noise({}))], SETTINGS, tmp_path / "free", measures=[free]
+    )
+    assert audit.copy_thresholds == {}
+    assert "set copy_thresholds (--copy-threshold)" in audit.verdict
+    (limit,) = (one for one in audit.limits if one.startswith("There is no copy threshold of free"))
+    assert "pairs of pictures made for one prompt and the picture of another" in limit
+    assert limit.endswith("Give one (copy_thresholds, --copy-threshold).")
+
+
+@pytest.mark.parametrize(("num_mixed_up", "is_given"), [(0, True), (9, True), (10, False)])
+def test_a_threshold_holds_although_a_model_mixes_some_prompts_up(num_mixed_up: int, is_given: bool) -> None:
+    """Of 14 x 13 pairs 9 are nearly 5 %; a picture that is made for another prompt is a stranger."""
+    num, blank = 14, np.zeros((8, 8, 3), dtype=np.uint8)
+    cases = [PromptCase(prompt=f"t{n}", group="target", pictures=(blank,)) for n in range(num)]
+    references = [torch.eye(num)[n : n + 1] * 0.5 + 0.5 / num**0.5 for n in range(num)]
+    references = [nn.functional.normalize(one, dim=1) for one in references]
+    made = np.stack([one.numpy() for one in references])
+    made[:num_mixed_up] = np.roll(made, 1, axis=0)[:num_mixed_up]
+    values = PictureSimilarities(np.ones((num, 1)), None, np.full(num, np.nan))
+    chosen = choose_threshold(structure(), cases, PictureAuditSettings(), references, values, made)
+    pairs = strangers(made, references, [case.prompt for case in cases])
+    assert len(pairs) == num * (num - 1) and (pairs > 0.99).sum() == num_mixed_up
+    assert (chosen.value is not None) == is_given
+    assert len(strangers(made, references, ["same"] * num)) == 0 and num < MIN_CONTROLS
 
 
 def test_each_prompt_can_have_a_block_of_its_own(tmp_path: Path) -> None:
@@ -585,7 +639,7 @@ def test_each_prompt_can_have_a_block_of_its_own(tmp_path: Path) -> None:
         state="own",
         label="own",
         pipe=pipe,
-        prompt_context=lambda prompt: off() if prompt == "a red cat" else nullcontext(),
+        case_context=lambda case: off() if case.prompt == "a red cat" else nullcontext(),
     )
     ways = [
         Way(state="before", label="before", pipe=pipe),

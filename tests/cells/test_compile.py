@@ -1,7 +1,11 @@
-"""Compiled models compute what eager ones compute, with changing ids, and are not compiled again for each batch."""
+"""Compiled models compute what eager ones compute, with changing ids, and are not compiled again for each batch.
+
+The backend aot_eager captures the same graphs as the default one and needs no compiler of C++.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +14,11 @@ import torch
 from torch import Tensor
 
 from tests.tiny import tiny_model, tokens
+from tests.tiny_diffusion import denoiser_arguments, tiny_pipeline
+from unmemorize.isolate import diffusion
 from unmemorize.isolate.language import plan_sinks, sink_state, training_sinks
 from unmemorize.isolate.plan import SinkPlan, SinkSettings
+from unmemorize.models.denoising import denoiser_of
 from unmemorize.models.language import find_mlps
 
 TOKENS = tokens(2, 6)
@@ -101,6 +108,55 @@ def test_layers_compiled_one_by_one(compute: Any) -> None:
             torch.testing.assert_close(found[0], logits, atol=1e-6, rtol=1e-4)
             for ours, theirs in zip(found[1], gradients, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("pixart", "aot_eager"),
+        pytest.param("sd1", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("pixart", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_denoiser_follows_ids_and_states(kind: str, backend: str) -> None:
+    if backend == "inductor" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("there is no compiler of C++, which inductor needs on the CPU")
+    pipe = diffusion.grow(tiny_pipeline(kind), 6)
+    settings = SinkSettings(share_frac=0.5, grown=6, active_frac=None, sinks_per_id=8)
+    plan, denoiser = diffusion.plan_sinks(pipe, settings), denoiser_of(pipe)
+    arguments = denoiser_arguments(pipe, 2)
+
+    def trained(model: Any, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        denoiser.zero_grad()
+        output = model(**arguments, sink_ids=ids)[0]
+        output.square().mean().backward()
+        return output.detach(), [p.grad.clone() for p in denoiser.parameters() if p.grad is not None]
+
+    def equal(ids: Tensor) -> None:
+        expected, found = trained(denoiser, ids), trained(compiled, ids)
+        torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=1e-4)
+        for ours, theirs in zip(found[1], expected[1], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+    compiled = torch.compile(denoiser, backend=backend)
+    denoiser.train()
+    with diffusion.training_sinks(pipe, plan):
+        equal(BY_ROW[0])
+        before = num_graphs()
+        for ids in (BY_ROW[1], BY_ROW[2] + 1000):
+            equal(ids)
+        assert num_graphs() == before
+    denoiser.eval()
+    seen = []
+    with torch.no_grad():
+        plain = denoiser(**arguments)[0]
+        for state in ("off", "own"):
+            with diffusion.sink_state(pipe, plan, state, ids=BY_ROW[0]):
+                seen.append(denoiser(**arguments)[0])
+                torch.testing.assert_close(compiled(**arguments)[0], seen[-1], atol=1e-6, rtol=0)
+        assert not any(torch.allclose(one, other, atol=1e-5) for one, other in ((plain, seen[0]), seen))
+        torch.testing.assert_close(compiled(**arguments)[0], plain, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

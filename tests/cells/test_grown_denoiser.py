@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.tiny_diffusion import denoiser_arguments, tiny_pipeline
 from unmemorize.errors import (
     ConfigError,
     FileFormatError,
+    IdError,
     ModelNotSupported,
     NeuronSetMismatch,
     RunFolderError,
@@ -27,7 +29,7 @@ from unmemorize.models.denoiser_layers import find_places, has_plain_widths, res
 from unmemorize.models.denoising import denoiser_of
 from unmemorize.models.diffusion import DenoiserRow, fingerprint
 from unmemorize.neurons import NeuronSet
-from unmemorize.remove.diffusion import excise, export, fold, prove_plain
+from unmemorize.remove.diffusion import excise, export, export_with_sinks, fold, keep_sinks, prove_plain
 
 DENOISERS = ("sd1", "pixart", "sd3", "flux")
 NUM = 6
@@ -220,6 +222,36 @@ def test_mistakes_are_named() -> None:
     linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ModelNotSupported, match="merge its adapter or dequantize it first"):
         grow(pipe, 2)
+
+
+@pytest.mark.parametrize("kinds", [("hidden",), BOTH])
+def test_some_ids_keep_their_sinks_while_those_of_others_go(tmp_path: Path, kinds: Any) -> None:
+    pipe, plan = grown("sd1", kinds)
+    plan = replace(plan, scheme="disjoint", active_frac=None).with_sources((11, 12, 13))
+    arguments = denoiser_arguments(pipe, 2)
+
+    def seen(pipe: Any, state: Any, id: int) -> Tensor:
+        with torch.no_grad(), sink_state(pipe, plan, state, ids=torch.tensor([id])):
+            output: Tensor = denoiser_of(pipe)(**arguments)[0]
+        return output
+
+    smaller = keep_sinks(pipe, plan, [12])
+    assert torch.equal(seen(smaller, "own", 12), seen(pipe, "own", 12))
+    assert not torch.equal(seen(pipe, "own", 11), seen(pipe, "off", 11))
+    assert torch.equal(seen(smaller, "own", 11), seen(pipe, "off", 11))
+    with pytest.raises(IdError, match=r"ids \[14\] are not registered"):
+        keep_sinks(pipe, plan, [14])
+    folder = export_with_sinks(smaller, plan, tmp_path / "kept", manifest={"way": "fold"})
+    again, same = load_with_sinks(folder)
+    assert same == plan and fingerprint(again) == fingerprint(smaller)
+    assert json.loads((folder / "unmemorize.json").read_text())["result"] == fingerprint(smaller)
+    if kinds == ("hidden",):
+        mine = torch.zeros(NUM, dtype=torch.bool)
+        mine[2:4] = True  # the second of three slices
+        for name, tensor in load_file(folder / "sinks.safetensors").items():
+            of_sinks = tensor.movedim(1, 0) if name.endswith("reader.weight") else tensor
+            assert (of_sinks[~mine] == 0).all() and (of_sinks[mine] != 0).any(), name
+    prove_plain(folder, "a photo", **OPTIONS)
 
 
 # the optimizer

@@ -13,7 +13,7 @@ from unmemorize.isolate.diffusion import grow, plan_sinks, pool_slices, sink_sta
 from unmemorize.isolate.optimizer import isolated_optimizer
 from unmemorize.isolate.plan import SinkPlan, SinkSettings
 from unmemorize.models.denoising import denoiser_of
-from unmemorize.remove.diffusion import excise
+from unmemorize.remove.diffusion import deactivated, excise
 
 STEPS = 80
 FIRST, SECOND, NEVER = 101, 202, 303
@@ -99,6 +99,18 @@ def test_closing_one_owner_spares_the_other(trained: Any) -> None:
     without_first = losses(pipe, plan, pictures, "own", ids=IDS, exclude=(FIRST,))
     assert without_first[0] == pytest.approx(off[0].item(), abs=1e-5)
     assert without_first[1] < off[1] - 0.5 * (off[1] - own[1])
+
+
+def test_the_placebo_of_closing_spares_what_closing_takes(trained: Any) -> None:
+    """With own sinks open, as many random shared neurons off: both pictures are still known."""
+    pipe, plan, pictures, _ = trained
+    own, off = losses(pipe, plan, pictures, "own", ids=IDS), losses(pipe, plan, pictures, "off")
+    for seed in range(3):
+        drawn = plan.placebo(seed=seed)
+        assert len(drawn) == len(plan.neurons_for(FIRST)) and len(drawn & plan.pool()) == 0
+        with deactivated(pipe, drawn):
+            placebo = losses(pipe, plan, pictures, "own", ids=IDS)
+        assert not torch.equal(placebo, own) and placebo.max() < 0.02 * off.min()
 
 
 def test_excising_the_pool_forgets_both(trained: Any) -> None:

@@ -222,6 +222,7 @@ def _group(state: str, prompts: Sequence[PicturePrompt], num_seeds: int) -> Pict
         pictures_per_prompt=num_seeds,
         similarities=figures,
         alignment=measure(0.31 - 0.01 * (state != "before"), 0.01, count),
+        denoising_loss=measure(0.1042 + 0.01 * (state != "before"), 0.001, count),
         fid=Measure(refused="60 pictures; the distance of two sets needs 2,048", num=60)
         if group == "ordinary"
         else None,

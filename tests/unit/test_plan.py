@@ -332,6 +332,16 @@ def test_foreign_ids_are_never_the_own(scheme: Any) -> None:
     assert (foreign != ids).all() and set(foreign.tolist()) == {4, 9}
 
 
+def test_a_placebo_draws_as_many_shared_neurons_as_an_id_owns_sinks() -> None:
+    plan = plan_of((40, 24), share_frac=0.5, sinks_per_id=4)
+    drawn = plan.placebo(seed=3)
+    assert [len(chosen) for chosen in drawn.indices.values()] == [4, 4]
+    assert len(drawn & plan.pool()) == 0 and drawn.model_id == plan.model_id
+    assert plan.placebo(seed=3) == drawn != plan.placebo(seed=4)
+    narrow = plan_of((40,), share_frac=0.05, sinks_per_id=4)
+    assert next(iter(narrow.placebo(seed=0).indices.values())) == (0, 1)
+
+
 def test_foreign_needs_two_candidates() -> None:
     plan = plan_of(scheme="disjoint", sinks_per_id=2).with_sources((5,))
     for candidates in (None, ids_of(4, 4)):

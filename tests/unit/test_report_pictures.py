@@ -173,6 +173,25 @@ def test_figures_that_only_some_audits_have_get_a_column_of_their_own(audit: Pic
     assert [cell.text for cell in changes.rows[0].cells[1:3]] == ["+0.03", "too few"]
 
 
+def test_denoising_losses_stand_with_four_digits_in_the_table_of_quality(audit: PictureAudit) -> None:
+    table = picture_figures.quality_table(audit, "after", "t")
+    assert table is not None
+    names = [name for name, _ in table.spans]
+    place = names.index("Denoising loss")
+    first = sum(count for _, count in table.spans[:place])  # the column of states comes first
+    assert table.columns[first].name == "Target"
+    assert [row.cells[first - 1].text for row in table.rows[:2]] == ["0.1042", "0.1142"]
+
+
+def test_pictures_that_share_a_prompt_are_told_apart(run: Path, audit: PictureAudit) -> None:
+    one = audit.prompts[0]
+    twins = [one.model_copy(update={"name": name}) for name in ("target-0000", "target-0001")]
+    found = the_gallery(audit.model_copy(update={"prompts": twins}), run)
+    assert [grid.prompt for grid in found.groups[0].grids] == [
+        f"{one.prompt} ({twin.name})" for twin in twins
+    ]
+
+
 def test_refusals_stand_as_their_reason(audit: PictureAudit, html: str, tmp_path: Path) -> None:
     assert "3 prompts; an interval needs 5" in html and "the distance of two sets needs 2,048" in html
     value = plain(audit)

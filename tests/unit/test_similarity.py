@@ -12,14 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.drawings import CHANGES, drawing
+from unmemorize.audit.copy_threshold import threshold_from_controls, threshold_from_references
 from unmemorize.audit.pictures import read_picture, short_side_crop, write_picture
 from unmemorize.audit.similarity import (
     SSCD_THRESHOLD,
     sscd,
     structure,
     structure_vectors,
-    threshold_from_controls,
-    threshold_from_references,
 )
 from unmemorize.errors import ConfigError, DataError, ModelNotSupported
 
@@ -129,10 +128,10 @@ def test_controls_set_a_threshold_that_one_in_a_hundred_reaches() -> None:
     values = np.linspace(0, 0.5, 400).reshape(400, 1) - np.array([[0.0, 0.1]])
     chosen = threshold_from_controls(values)
     assert (values.max(1) >= chosen.value).mean() <= 0.01
-    assert chosen.value > values.max(1)[-5]
+    assert chosen.value is not None and chosen.value > values.max(1)[-5]
     assert "397th smallest of 400" in chosen.rule
     few = threshold_from_controls(values[:50])
-    assert few.value > values[:50].max()
+    assert few.value is not None and few.value > values[:50].max()
     assert few.value == pytest.approx(values[:50].max(), abs=1e-12)
     with pytest.raises(DataError, match="of 20 never-trained prompts or more"):
         threshold_from_controls(values[:19])
@@ -147,6 +146,8 @@ def test_training_pictures_set_a_threshold_that_they_do_not_reach(originals: Ten
     assert chosen.value == pytest.approx(max(pairs.values()), abs=1e-6)
     names = ["a", "b", "none", "c"]
     assert repr(names[owners[best[0]]]) in chosen.rule and repr(names[owners[best[1]]]) in chosen.rule
+    alike = threshold_from_references([originals[:1], originals[:1], originals[1:2]], ["a", "a", "b"])
+    assert alike.value == pytest.approx(float(originals[0] @ originals[1]), abs=1e-6)
     with pytest.raises(DataError, match="needs training pictures of two prompts"):
         threshold_from_references(groups[:1], ["a"])
 

@@ -21,25 +21,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from unmemorize.audit.copy_threshold import CopyThreshold, choose_threshold
 from unmemorize.audit.examples import GROUPS
 from unmemorize.audit.picture_figures import Resampling, per_prompt, similarity_figures
 from unmemorize.audit.picture_measuring import (
     Instruments,
     PictureMeasuring,
     StateNumbers,
-    choose_threshold,
 )
 from unmemorize.audit.picture_quality import PictureQuality
 from unmemorize.audit.picture_verdict import PLACEBO, picture_verdict
 from unmemorize.audit.pictures import Picture, PromptCase, check_cases, read_picture, write_picture
 from unmemorize.audit.prompt_alignment import ClipAlignment
-from unmemorize.audit.similarity import CopyThreshold, SimilarityMeasure, structure
+from unmemorize.audit.similarity import SimilarityMeasure, structure
+from unmemorize.audit.statistics import Floats
 from unmemorize.audit.ways import BEFORE, TRAINING, PictureAuditSettings, Way, check_ways
 from unmemorize.errors import ConfigError
 from unmemorize.records import (
     Group,
     LocalizedPrompt,
+    Measure,
     PictureAudit,
     PictureGroup,
     PicturePrompt,
@@ -107,7 +110,14 @@ def audit_pictures(
     numbers = {way.state: measuring.measure(way) for way in ways}
     shown = _store_training(pictures, out_folder)  # after the folder is known to hold this run
     thresholds = {
-        m.name: choose_threshold(m, cases, settings, references[m.name], numbers[BEFORE].similarities[m.name])
+        m.name: choose_threshold(
+            m,
+            cases,
+            settings,
+            references[m.name],
+            numbers[BEFORE].similarities[m.name],
+            measuring.before[m.name],
+        )
         for m in tools.measures
     }
     states = [_state(way, cases, settings, tools, thresholds, numbers) for way in ways]
@@ -117,7 +127,7 @@ def audit_pictures(
         settings=_stored(settings, thresholds, headline),
         environment=dict(_environment() if environment is None else environment),
         measures=tools.descriptions(),
-        copy_thresholds={name: chosen.value for name, chosen in thresholds.items() if chosen is not None},
+        copy_thresholds={name: one.value for name, one in thresholds.items() if one.value is not None},
         states=states,
         prompts=_prompts(cases, shown, numbers, tools.measures[0].name),
         localized=list(localized),
@@ -161,12 +171,12 @@ def _state(
     cases: Sequence[PromptCase],
     settings: PictureAuditSettings,
     tools: Instruments,
-    thresholds: Mapping[str, CopyThreshold | None],
+    thresholds: Mapping[str, CopyThreshold],
     numbers: Mapping[str, StateNumbers],
 ) -> PictureState:
     """Make the record of one state."""
     present = [group for group in GROUPS if any(case.group == group for case in cases)]
-    groups = [_group(group, way.state, cases, settings, tools, thresholds, numbers) for group in present]
+    groups = [_group(group, way, cases, settings, tools, thresholds, numbers) for group in present]
     return PictureState(
         state=way.state,
         label=way.label,
@@ -180,38 +190,38 @@ def _state(
 
 def _group(
     group: Group,
-    state: str,
+    way: Way,
     cases: Sequence[PromptCase],
     settings: PictureAuditSettings,
     tools: Instruments,
-    thresholds: Mapping[str, CopyThreshold | None],
+    thresholds: Mapping[str, CopyThreshold],
     numbers: Mapping[str, StateNumbers],
 ) -> PictureGroup:
     """Make the record of one group of prompts in one state."""
     resampling = Resampling(seed=settings.seed, num_resamples=settings.num_resamples)
     is_member = np.array([case.group == group for case in cases])
-    own, before = numbers[state], None if state == BEFORE else numbers[BEFORE]
-    rival = next((name for name in numbers if name.startswith(PLACEBO) and name != state), None)
-    placebo = None if rival is None or state.startswith(PLACEBO) else numbers[rival]
+    own, before = numbers[way.state], None if way.state == BEFORE else numbers[BEFORE]
+    rival = way.placebo or next((name for name in numbers if name.startswith(PLACEBO)), None)
+    placebo = None if rival is None or way.state.startswith(PLACEBO) else numbers[rival]
     similarities = []
     for name in (measure.name for measure in tools.measures):
-        chosen = thresholds[name]
         similarities.append(
             similarity_figures(
                 name,
                 own.similarities[name],
                 is_member,
-                None if chosen is None else chosen.value,
+                thresholds[name].value,
                 before=None if before is None else before.similarities[name],
                 placebo=None if placebo is None else placebo.similarities[name],
                 resampling=resampling,
             )
         )
-    alignment = change = None
-    if own.alignment_N is not None:
-        alignment = resampling.mean(own.alignment_N[is_member])
-        if before is not None and before.alignment_N is not None:
-            change = resampling.difference(own.alignment_N[is_member], before.alignment_N[is_member])
+    alignment, alignment_change = _mean_and_change(
+        own.alignment_N, None if before is None else before.alignment_N, is_member, resampling
+    )
+    loss, loss_change = _mean_and_change(
+        own.loss_N, None if before is None else before.loss_N, is_member, resampling
+    )
     has_distances = own.distances is not None and tools.quality is not None and tools.quality.group == group
     fid, kid = own.distances if has_distances and own.distances is not None else (None, None)
     return PictureGroup(
@@ -220,10 +230,24 @@ def _group(
         pictures_per_prompt=len(settings.seeds),
         similarities=similarities,
         alignment=alignment,
-        alignment_change=change,
+        alignment_change=alignment_change,
+        denoising_loss=loss,
+        denoising_loss_change=loss_change,
         fid=fid,
         kid=kid,
     )
+
+
+def _mean_and_change(
+    now_N: Floats | None, before_N: Floats | None, is_member: NDArray[np.bool_], resampling: Resampling
+) -> tuple[Measure | None, Measure | None]:
+    """Give the mean of one number a prompt over a group and its paired change from before; None if not measured."""
+    if now_N is None or not np.isfinite(now_N[is_member]).all():
+        return None, None
+    mean = resampling.mean(now_N[is_member])
+    if before_N is None or not np.isfinite(before_N[is_member]).all():
+        return mean, None
+    return mean, resampling.difference(now_N[is_member], before_N[is_member])
 
 
 def _prompts(
@@ -234,6 +258,7 @@ def _prompts(
         PicturePrompt(
             prompt=case.prompt,
             group=case.group,
+            name=case.name,
             picture=shown[number],
             made={state: list(measured.made.paths[number]) for state, measured in numbers.items()},
             copy_similarity=per_prompt(compared, number),
@@ -243,16 +268,13 @@ def _prompts(
 
 
 def _stored(
-    settings: PictureAuditSettings, thresholds: Mapping[str, CopyThreshold | None], headline: str | None
+    settings: PictureAuditSettings, thresholds: Mapping[str, CopyThreshold], headline: str | None
 ) -> dict[str, Any]:
     """Lay out the settings as JSON, with the rule behind each copy threshold."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     return {
         **plain,
-        "copy_threshold_rules": {
-            name: "none could be chosen" if chosen is None else chosen.rule
-            for name, chosen in thresholds.items()
-        },
+        "copy_threshold_rules": {name: chosen.rule for name, chosen in thresholds.items()},
         **({} if headline is None else {"headline_state": headline}),
         "copy_rate": "a prompt is copied if its best seed reaches the copy threshold",
     }
@@ -262,7 +284,7 @@ def _own_limits(
     ways: Sequence[Way],
     settings: PictureAuditSettings,
     numbers: Mapping[str, StateNumbers],
-    thresholds: Mapping[str, CopyThreshold | None],
+    thresholds: Mapping[str, CopyThreshold],
 ) -> list[str]:
     """State the limits that follow from how the run went."""
     limits = [
@@ -270,7 +292,12 @@ def _own_limits(
         "None copied means that these seeds did not, not that nothing is left: other prompts may bring it back."
     ]
     for name, chosen in thresholds.items():
-        if chosen is not None and chosen.value > _TIGHT and chosen.is_computed:
+        if chosen.value is None:
+            limits.append(
+                f"There is no copy threshold of {name}, hence no copy rate: {chosen.rule}. Give one (copy_thresholds, "
+                "--copy-threshold)."
+            )
+        elif chosen.value > _TIGHT and chosen.is_computed:
             limits.append(
                 f"The copy threshold of {name} is {chosen.value:.3f} ({chosen.rule}): copies that are not near perfect "
                 "are missed; set copy_thresholds, or give prompts with nearly equal pictures one prompt."

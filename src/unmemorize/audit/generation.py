@@ -168,7 +168,8 @@ class _Maker:
             if _is_one_prompt(own):
                 arguments["num_images_per_prompt"] = len(piece)
             arguments |= own
-        context = nullcontext() if self.way.prompt_context is None else self.way.prompt_context(prompts[0])
+        own_context = self.way.case_context
+        context = nullcontext() if own_context is None else own_context(self.cases[piece[0][0]])
         with context:
             images = self.way.pipe(**arguments).images
         return _as_pictures(images, len(piece), self.way.state)
@@ -257,7 +258,7 @@ def _identity(way: Way, cases: Sequence[PromptCase], settings: PictureAuditSetti
         "num_steps": settings.num_steps,
         "guidance": settings.guidance,
         "size_px": settings.size_px,
-        "prompts": [case.prompt for case in cases],
+        "prompts": [case.title for case in cases],
     }
 
 

@@ -123,7 +123,7 @@ def _copy_figures(
         figures["copy_similarity_change"] = resampling.difference(best_N, before_NS.max(axis=1))
     if threshold is None:
         figures["copy_rate_frac"] = refused(
-            "no copy threshold could be chosen; set copy_thresholds", len(best_N)
+            "no copy threshold could be chosen; set copy_thresholds (--copy-threshold)", len(best_N)
         )
         return figures
     is_copy_N = best_N >= threshold

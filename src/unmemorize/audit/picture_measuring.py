@@ -21,14 +21,7 @@ from unmemorize.audit.picture_figures import PictureSimilarities, similarities_o
 from unmemorize.audit.picture_quality import PictureQuality, features_of, fid_and_kid
 from unmemorize.audit.pictures import Picture, PromptCase, read_picture
 from unmemorize.audit.prompt_alignment import ClipAlignment
-from unmemorize.audit.similarity import (
-    MIN_CONTROLS,
-    SUFFICIENT_CONTROLS,
-    CopyThreshold,
-    SimilarityMeasure,
-    threshold_from_controls,
-    threshold_from_references,
-)
+from unmemorize.audit.similarity import SimilarityMeasure
 from unmemorize.audit.statistics import Floats
 from unmemorize.audit.ways import PictureAuditSettings, Way
 from unmemorize.records import Measure, Progress, ProgressCallback
@@ -71,12 +64,14 @@ class StateNumbers:
         made: its pictures.
         similarities: measure -> similarities.
         alignment_N: median over seeds of each prompt's alignment, shape (N,), unitless; None if not measured.
+        loss_N: denoising loss of each prompt's picture, shape (N,), unitless; None if not measured.
         distances: FID and KID of the group they were measured on; None if not measured.
     """
 
     made: Made
     similarities: Mapping[str, PictureSimilarities]
     alignment_N: Floats | None
+    loss_N: Floats | None
     distances: tuple[Measure, Measure] | None
 
 
@@ -102,6 +97,11 @@ class PictureMeasuring:
     _before: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     _real_ND: Tensor | None = None
 
+    @property
+    def before(self) -> Mapping[str, NDArray[np.float32]]:
+        """By measure the vectors of the pictures of the first state measured, shape (N, S, D)."""
+        return self._before
+
     def measure(self, way: Way) -> StateNumbers:
         """Make what is missing of a state's pictures and measure them; the first state measured is "before"."""
         made = make_pictures(way, self.cases, self.settings, self.out_folder, progress=self.progress)
@@ -117,6 +117,7 @@ class PictureMeasuring:
             made=made,
             similarities=similarities,
             alignment_N=self._alignment(made),
+            loss_N=None if way.losses is None else np.asarray(way.losses(), dtype=np.float64),
             distances=self._distances(made),
         )
         if self.progress is not None:
@@ -153,39 +154,3 @@ class PictureMeasuring:
         if self._real_ND is None and len(quality.reference):
             self._real_ND = features_of(quality.features, quality.reference)
         return fid_and_kid(quality, by_seed, reference_ND=self._real_ND)
-
-
-def choose_threshold(
-    measure: SimilarityMeasure,
-    cases: Sequence[PromptCase],
-    settings: PictureAuditSettings,
-    references: Sequence[Tensor],
-    before: PictureSimilarities,
-) -> CopyThreshold | None:
-    """Choose a copy threshold.
-
-    In this order: the one named in the settings; the measure's convention; computed. Computed it is from the pictures
-    of ordinary prompts in state "before", where they come with a picture that fits the prompt and was never trained
-    on, if there are `SUFFICIENT_CONTROLS` of them; with fewer, but at least `MIN_CONTROLS`, the larger of that and
-    what the training pictures of different prompts give; with fewer still the latter alone; or none.
-
-    Args:
-        measure: the measure.
-        cases: the prompts, N.
-        settings: thresholds that the user has named.
-        references: for each prompt the vectors of its pictures, shape (K, D).
-        before: similarities in state "before".
-    """
-    if measure.name in settings.copy_thresholds:
-        return CopyThreshold(float(settings.copy_thresholds[measure.name]), "named in the settings", False)
-    if measure.copy_threshold is not None:
-        return CopyThreshold(measure.copy_threshold, "convention of the literature", False)
-    is_control = np.array([case.group == "ordinary" and len(case.pictures) > 0 for case in cases])
-    found = []
-    if is_control.sum() >= MIN_CONTROLS:
-        found.append(threshold_from_controls(before.copy_NS[is_control]))
-    trained = [number for number, case in enumerate(cases) if case.pictures and case.group != "ordinary"]
-    if is_control.sum() < SUFFICIENT_CONTROLS and len(trained) > 1:
-        pictures, prompts = [references[n] for n in trained], [cases[n].prompt for n in trained]
-        found.append(threshold_from_references(pictures, prompts))
-    return max(found, key=lambda chosen: chosen.value, default=None)

@@ -34,38 +34,48 @@ class PromptCase:
     """One prompt to audit.
 
     Attributes:
-        prompt: the prompt; unique in an audit.
+        prompt: the prompt; unique in an audit, unless names tell its cases apart.
         group: target, neighbour, heldout or ordinary. A picture of an ordinary prompt is one that was never trained
             on: it serves as a control for the copy threshold.
         pictures: training pictures that the prompt may reproduce, as arrays or paths; a similarity to the training
             picture is the largest over them. None where it is not known.
+        name: tells cases apart that share a prompt, each with a picture and perhaps a `Way.case_context` of its own.
     """
 
     prompt: str
     group: Group
     pictures: tuple[PictureSource, ...] = ()
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        """The prompt, with the name where there is one."""
+        return f"{self.prompt} ({self.name})" if self.name else self.prompt
 
 
 def check_cases(cases: Sequence[PromptCase]) -> None:
     """Refuse prompts that would make an audit lie.
 
     Raises:
-        DataError: if there are none, one is empty or occurs twice, or a group is unknown.
+        DataError: if there are none, one is empty, or occurs twice under one name or in two groups, or a group is
+            unknown.
     """
     if not cases:
         raise DataError("there are no prompts to audit; give at least one")
     groups: dict[str, Group] = {}
+    seen: set[tuple[str, str]] = set()
     for case in cases:
         if case.group not in GROUPS:
             raise DataError(f"prompt {case.prompt!r} is in group {case.group!r}; expected one of {GROUPS}")
         if not case.prompt.strip():
             raise DataError("a prompt is empty; leave it out")
-        if case.prompt in groups:
+        if groups.get(case.prompt, case.group) != case.group or (case.prompt, case.name) in seen:
             raise DataError(
                 f"prompt {case.prompt!r} occurs twice ({groups[case.prompt]} and {case.group}); name it once, with "
                 "all its training pictures"
             )
         groups[case.prompt] = case.group
+        seen.add((case.prompt, case.name))
 
 
 def read_picture(source: PictureSource) -> Picture:

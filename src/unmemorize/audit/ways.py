@@ -14,6 +14,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import ArrayLike
+
+from unmemorize.audit.pictures import PromptCase
 from unmemorize.audit.statistics import NUM_RESAMPLES
 from unmemorize.errors import ConfigError
 from unmemorize.models.denoising import Pipeline
@@ -78,12 +81,15 @@ class Way:
         description: one line for reports.
         is_rival: whether it is something to compare with (a placebo, a twin), not the result itself.
         num_neurons: neurons that are off in it.
+        placebo: the state that is its placebo; by default the first one that is a placebo.
         identity: what tells it from another way of the same name with the same weights, such as a digest of the neurons
             that are off: pictures made under another identity, or with other weights, are not reused.
         context: makes the `with` block in which the pipeline is in this state.
         arguments: (prompt, seeds of the batch) -> arguments of the pipeline's call that replace the usual ones, such
             as another `prompt`, or `prompt_embeds` with one row.
-        prompt_context: prompt -> a further `with` block for its pictures alone, such as its own neurons off.
+        losses: makes the denoising loss of each case's first picture in this state, shape (N,), unitless; NaN where
+            there is none. It puts the pipeline into the state itself.
+        case_context: case -> a further `with` block for its pictures alone, such as its own neurons off.
     """
 
     state: str
@@ -92,22 +98,25 @@ class Way:
     description: str = ""
     is_rival: bool = False
     num_neurons: int = 0
+    placebo: str = ""
     identity: str = ""
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     arguments: Callable[[str, tuple[int, ...]], Mapping[str, Any]] | None = None
-    prompt_context: Callable[[str], AbstractContextManager[Any]] | None = None
+    losses: Callable[[], ArrayLike] | None = None
+    case_context: Callable[[PromptCase], AbstractContextManager[Any]] | None = None
 
     @property
     def is_by_prompt(self) -> bool:
         """Whether what is done depends on the prompt, so that no call may hold two."""
-        return self.arguments is not None or self.prompt_context is not None
+        return self.arguments is not None or self.case_context is not None
 
 
 def check_ways(ways: Sequence[Way]) -> None:
     """Refuse states that cannot be compared or stored.
 
     Raises:
-        ConfigError: if the first is not "before", or a name occurs twice or does not suit a folder.
+        ConfigError: if the first is not "before", a name occurs twice or does not suit a folder, or a placebo is none
+            of them.
     """
     names = [way.state for way in ways]
     if not names or names[0] != BEFORE:
@@ -119,3 +128,8 @@ def check_ways(ways: Sequence[Way]) -> None:
             raise ConfigError(f"state {name!r} does not suit a folder; use small letters, digits, - and _")
         if names.count(name) > 1:
             raise ConfigError(f"state {name!r} occurs twice; give each way its own name")
+    for way in ways:
+        if way.placebo and way.placebo not in names:
+            raise ConfigError(
+                f"the placebo of state {way.state!r} is {way.placebo!r}; expected one of {names}"
+            )

@@ -24,13 +24,14 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from unmemorize.errors import ConfigError, IdsMissing, NeuronSetMismatch, ShapeMismatch
+from unmemorize.errors import ConfigError, IdsMissing, ModelNotSupported, NeuronSetMismatch, ShapeMismatch
 from unmemorize.gates import Conditioning, changed_inputs, changed_outputs, conditioned
 from unmemorize.isolate.layers import Gates, masked, masked_payload, pool_gates
 from unmemorize.isolate.plan import SinkPlan, SinkSettings, make_plan
 from unmemorize.isolate.states import Rescale, State, state_gates
 from unmemorize.models.denoiser_layers import (
     DenoiserSite,
+    adapted,
     find_places,
     plain_widths,
     pool_parameters,
@@ -273,8 +274,17 @@ def pool_slices(
 
     Returns:
         (parameter, axis, slice) triples: rows of what makes the sinks with their biases, columns of what reads them.
+
+    Raises:
+        ModelNotSupported: if such a layer has an adapter, part of which would belong to sinks and train with all.
     """
     places = _places(pipe, plan, row)
+    for place in places:
+        if any(adapted(layer) for layer in (place.linear, place.reader, *place.makers) if layer is not None):
+            raise ModelNotSupported(
+                f"a layer of the sinks at {place.site.path} has an adapter, which all pictures would train; put "
+                "adapters on other layers, such as attention beside feed-forward sinks"
+            )
     has_values = any(place.site.side == "out" for place in places)
     plain = plain_widths(pipe, row) if has_values and hasattr(denoiser_of(pipe), "from_config") else {}
     return [

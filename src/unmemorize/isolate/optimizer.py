@@ -7,7 +7,8 @@ itself, it holds under accumulation, clipping and data-parallel averaging (a sin
 on all ranks), for parameters sharded over ranks (each looks after the part it holds), and for any optimizer with
 element-wise state.
 
-The same copy gives sinks a learning rate of their own although they share a tensor with shared neurons.
+The same copy gives sinks a learning rate of their own although they share a tensor with shared neurons, and keeps
+the shared neurons of such a tensor still where only sinks (and adapters) are to train.
 Source: ours; the drift is named in the fact sheets of MemSinks ports and of SGTM (arXiv 2512.05648).
 """
 
@@ -51,6 +52,7 @@ def isolated_optimizer(
     plan: SinkPlan,
     *,
     sink_learning_rate_scale: float = 1.0,
+    freeze_shared: bool = False,
     row: Any = None,
 ) -> Iterator[None]:
     """While the block is open, `optimizer.step()` leaves sinks without gradient bit-identical.
@@ -60,6 +62,9 @@ def isolated_optimizer(
         model: the model, unwrapped.
         plan: the plan.
         sink_learning_rate_scale: multiplier of the step that a sink takes, weight decay included; above 0.
+        freeze_shared: keep shared neurons bit-identical where they share a tensor with sinks, whatever their gradient,
+            for fine-tuning that trains sinks and adapters only. Parameters without sinks are the caller's:
+            `requires_grad_(False)`.
         row: site table row, for an architecture that the table does not know.
 
     Raises:
@@ -79,6 +84,8 @@ def isolated_optimizer(
             "the optimizer holds none of this model's sinks; build it from this model's parameters"
         )
     before: list[list[Tensor]] = []
+    wholes = list({id(p): p for p, _, _ in parts}.values()) if freeze_shared else []
+    whole_before: dict[int, list[Tensor]] = {}
 
     def tensors(parameter: nn.Parameter) -> list[Tensor]:
         state = optimizer.state.get(parameter, {})
@@ -90,6 +97,7 @@ def isolated_optimizer(
             [t.narrow(axis, s.start, s.stop - s.start).clone() for t in tensors(parameter)]
             for parameter, axis, s in parts
         ]
+        whole_before.update({id(p): [t.clone() for t in tensors(p)] for p in wholes})
 
     def put_back(*_: object) -> None:
         for (parameter, axis, s), old in zip(parts, before, strict=True):
@@ -104,6 +112,15 @@ def isolated_optimizer(
                     now.copy_(torch.lerp(was, now, sink_learning_rate_scale))
                 now.copy_(torch.where(still, was, now))
         before.clear()
+        for whole in wholes:
+            kept = whole_before[id(whole)]
+            for number, tensor in enumerate(tensors(whole)):
+                was = kept[number] if number < len(kept) else torch.zeros_like(tensor)
+                for axis, s in ((axis, s) for parameter, axis, s in parts if parameter is whole):
+                    size = s.stop - s.start
+                    was.narrow(axis, s.start, size).copy_(tensor.narrow(axis, s.start, size))
+                tensor.copy_(was)
+        whole_before.clear()
 
     handles = [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(put_back)]
     try:

@@ -230,6 +230,7 @@ def row_losses(
     told = _on_device(picked(data.captions, batch.caption_rows, data.num_captions), clean.device)
     inner = getattr(denoiser, "module", denoiser)
     first = list(inspect.signature(type(inner).forward).parameters)[1]
+    noisy = noisy.to(next(inner.parameters()).dtype)
     output: Tensor = denoiser(**{first: noisy, "timestep": timesteps, **told, "return_dict": False, **more})[
         0
     ]
@@ -274,15 +275,47 @@ def mean_loss(
     num_levels_each: int = 4,
     batch_rows: int = 32,
 ) -> float | None:
-    """Return the mean loss of pictures with their captions, in evaluation mode and without sink ids; None for none.
-
-    Each picture is measured at `num_levels_each` evenly spaced noise levels, with noise that follows from its place, so
-    that two calls measure the same.
-    """
+    """Return the mean of `picture_losses`, without sink ids; None for no pictures."""
     if not rows:
         return None
-    total, count, was_training = 0.0, num_levels(scheduler), denoiser.training
+    losses = picture_losses(
+        denoiser, scheduler, data, rows, num_levels_each=num_levels_each, batch_rows=batch_rows
+    )
+    return float(losses.mean())
+
+
+@torch.no_grad()
+def picture_losses(
+    denoiser: nn.Module,
+    scheduler: Any,
+    data: PictureData,
+    rows: Sequence[int],
+    *,
+    sink_ids: Tensor | None = None,
+    num_levels_each: int = 4,
+    batch_rows: int = 32,
+) -> Tensor:
+    """Return the loss of each picture with its caption, in evaluation mode.
+
+    A picture is measured at evenly spaced noise levels, with noise that follows from its place among `rows`, so that
+    two calls with the same rows measure the same.
+
+    Args:
+        denoiser: the denoiser, in whatever state it is.
+        scheduler: the pipeline's scheduler.
+        data: the pictures.
+        rows: which of them, N.
+        sink_ids: id that each picture carries, shape (N,), int64, for a denoiser with sinks attached.
+        num_levels_each: noise levels per picture.
+        batch_rows: rows per call.
+
+    Returns:
+        Mean over noise levels, shape (N,), float64, unitless.
+    """
+    count, was_training = num_levels(scheduler), denoiser.training
+    found: list[Tensor] = []
     repeated = [row for row in rows for _ in range(num_levels_each)]
+    ids = None if sink_ids is None else sink_ids.repeat_interleave(num_levels_each)
     levels = torch.arange(num_levels_each).add(0.5).mul(count / num_levels_each).long().repeat(len(rows))
     denoiser.eval()
     try:
@@ -292,7 +325,8 @@ def mean_loss(
             fixed = PictureBatch(
                 batch.rows, batch.caption_rows, levels[start : start + batch_rows], batch.noise
             )
-            total += float(row_losses(denoiser, scheduler, data, fixed).sum())
+            more = {} if ids is None else {"sink_ids": ids[start : start + batch_rows]}
+            found.append(row_losses(denoiser, scheduler, data, fixed, **more).double().cpu())
     finally:
         denoiser.train(was_training)
-    return total / len(repeated)
+    return torch.cat(found).view(len(rows), num_levels_each).mean(1)

@@ -14,6 +14,7 @@ Source: Floyd's algorithm, Bentley and Floyd 1987; mixer constants, Stafford's v
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -249,6 +250,24 @@ class SinkPlan:
     def pool(self) -> NeuronSet:
         """Return every sink of every site."""
         indices = {p.site: tuple(range(p.num_shared, p.site.width)) for p in self.sites}
+        return NeuronSet(self.model_id, indices)
+
+    def placebo(self, *, seed: int) -> NeuronSet:
+        """Draw random shared neurons to close instead of an id's sinks, at each site as many as it owns there.
+
+        The control of closing a pool: with an id's own sinks open, as many neurons go off, but others. Where fewer
+        neurons are shared than an id owns sinks, all of them are drawn.
+
+        Args:
+            seed: seed of the draw.
+
+        Source: ours.
+        """
+        generator = random.Random(seed)
+        indices = {
+            p.site: tuple(generator.sample(range(p.num_shared), min(p.num_sinks, p.num_shared)))
+            for p in self.sites
+        }
         return NeuronSet(self.model_id, indices)
 
     def foreign_ids(self, ids: Tensor, candidates: Tensor | None = None) -> Tensor:

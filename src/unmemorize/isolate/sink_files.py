@@ -26,6 +26,7 @@ from unmemorize.models.denoiser_layers import (
     find_places,
     plain_widths,
     pool_parameters,
+    require_no_adapters,
     resized,
 )
 from unmemorize.models.denoising import Pipeline, denoiser_of, with_denoiser
@@ -48,6 +49,7 @@ def save_with_sinks(
 
     Raises:
         NeuronSetMismatch: if the plan was made for another architecture.
+        ModelNotSupported: if the denoiser has adapters.
         RunFolderError: if the destination holds something, or cannot be written.
     """
     from safetensors.torch import save_file
@@ -57,6 +59,7 @@ def save_with_sinks(
         raise NeuronSetMismatch(
             f"the plan was made for {plan.model_id}, this model is {ours}; save the plan the model was trained with"
         )
+    require_no_adapters(pipe)
     widths = plain_widths(pipe, row)
     grown = [p for p in find_places(pipe, _KINDS, row=row) if p.site.width != widths[p.site.path]]
     tensors = {name: part.contiguous() for name, part in _grown_parts(grown, widths)}

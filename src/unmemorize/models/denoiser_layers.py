@@ -269,6 +269,21 @@ def _select(linear: nn.Module, chosen: Tensor, axis: int) -> None:
     setattr(linear, "out_features" if axis == 0 else "in_features", len(chosen))
 
 
+def require_no_adapters(pipe: Pipeline) -> None:
+    """Raise `ModelNotSupported` if a layer of a denoiser has an adapter, so that no ordinary folder describes it."""
+    wrapped = adapted(denoiser_of(pipe))
+    if wrapped:
+        raise ModelNotSupported(
+            f"{wrapped[0]} and {len(wrapped) - 1} other layers have adapters, whose names no ordinary folder has; save "
+            "them on their own and take them off first (save_lora_adapter, unload_lora), or merge them"
+        )
+
+
+def adapted(module: nn.Module) -> list[str]:
+    """List the layers that wrap another one as `base_layer`, as adapters of peft do; "" is the module itself."""
+    return [name for name, layer in module.named_modules() if hasattr(layer, "base_layer")]
+
+
 def plain_widths(pipe: Pipeline, row: DenoiserRow | None = None) -> dict[str, int]:
     """Return how many neurons a denoiser's config gives each site: path -> width.
 

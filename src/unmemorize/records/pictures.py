@@ -37,7 +37,9 @@ class Similarity(Record):
 class PictureGroup(Record):
     """One group of prompts in one state; `alignment` is the similarity of prompt and picture, unitless.
 
-    `alignment_change` is this state minus state "before", paired by prompt.
+    `denoising_loss` is the mean squared error of the denoiser's prediction on the group's pictures with their captions,
+    unitless; in a run on pictures that of group ordinary is the validation loss, that of target the repeated loss.
+    Changes are this state minus state "before", paired by prompt.
     """
 
     group: Group
@@ -46,6 +48,8 @@ class PictureGroup(Record):
     similarities: list[Similarity]
     alignment: Measure | None = None
     alignment_change: Measure | None = None
+    denoising_loss: Measure | None = None
+    denoising_loss_change: Measure | None = None
     fid: Measure | None = None
     kid: Measure | None = None
 
@@ -63,7 +67,7 @@ class PictureState(Record):
 
 
 class PicturePrompt(Record):
-    """One prompt: its training picture and what each state made of it.
+    """One prompt: its training picture and what each state made of it; `name` tells rows apart that share a prompt.
 
     `picture` and the values of `made` are paths inside the run folder, PNG, one per seed; `copy_similarity` holds one
     value per seed by the audit's first measure.
@@ -71,6 +75,7 @@ class PicturePrompt(Record):
 
     prompt: str
     group: Group
+    name: str = ""
     picture: str = ""
     made: dict[str, list[str]] = {}
     copy_similarity: dict[str, list[float]] = {}

@@ -2,13 +2,15 @@
 
 A gate on a value projection closes a row of it, bias included, for every position, step and half of a guided batch, so
 that folding it gives the same latents bit for bit. Excising cuts a grown pool out, back to the widths that the
-denoiser's config says. Text encoder, VAE and scheduler are shared with the original.
+denoiser's config says; where some ids are to keep their sinks, the other sinks become zeros instead. Text encoder, VAE
+and scheduler are shared with the original.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,17 @@ from torch import Tensor
 
 from unmemorize.errors import CheckpointMismatch, ConfigError
 from unmemorize.files import whole_folder
-from unmemorize.gates import closed, folded, gated
-from unmemorize.models.denoiser_layers import find_places, has_plain_widths, plain_widths, resized
+from unmemorize.gates import closed, folded, gated, require_closed
+from unmemorize.isolate.plan import SinkPlan
+from unmemorize.isolate.sink_files import save_with_sinks
+from unmemorize.models.denoiser_layers import (
+    find_places,
+    has_plain_widths,
+    plain_widths,
+    pool_parameters,
+    require_no_adapters,
+    resized,
+)
 from unmemorize.models.denoising import Pipeline, denoiser_of, with_denoiser
 from unmemorize.models.diffusion import DenoiserRow, fingerprint, load, quiet_diffusers, require_same_model
 from unmemorize.neurons import NeuronSet, Site
@@ -88,7 +99,7 @@ def excise(pipe: Pipeline, neurons: NeuronSet, *, row: DenoiserRow | None = None
         if stays:
             raise ConfigError(
                 f"{site.path} would keep {plain + len(stays)} neurons, its config says {plain}; remove the whole grown "
-                "pool (plan.pool()), or fold the neurons"
+                "pool (plan.pool()), or keep some ids' sinks with keep_sinks and export_with_sinks"
             )
         if site.side == "in" and gone:
             chosen[site] = torch.tensor(kept + [-1] * (plain - len(kept)), dtype=torch.int64)
@@ -99,6 +110,68 @@ def excise(pipe: Pipeline, neurons: NeuronSet, *, row: DenoiserRow | None = None
     smaller = resized(pipe, chosen, row)
     left = {site: indices for site, indices in values.items() if indices}
     return with_denoiser(pipe, folded(smaller, closed(NeuronSet(neurons.model_id, left))))
+
+
+@torch.no_grad()
+def keep_sinks(
+    pipe: Pipeline, plan: SinkPlan, ids: Sequence[int], *, row: DenoiserRow | None = None
+) -> Pipeline:
+    """Return a pipeline whose sinks are zeros, those of some ids excepted; widths and plan stay as they are.
+
+    What makes a removed sink goes as well as what reads it. Queries and keys of grown heads stay, since kept values
+    are weighted by them. A sink that a kept and another id own is kept.
+
+    Args:
+        pipe: the pipeline with its sinks, left untouched; parts other than the denoiser are shared with the result.
+        plan: its plan.
+        ids: whose sinks stay, each in 1 .. 2**63 - 1.
+        row: site table row, for a denoiser that the table does not know.
+
+    Raises:
+        NeuronSetMismatch: if the plan was made for another architecture.
+        IdError: if an id is out of range, or unknown to a disjoint plan.
+        ConfigError: if a block of sinks or gates is open on the denoiser.
+    """
+    gone = plan.pool() - plan.neurons_for(list(ids))
+    require_same_model(gone, pipe, row)
+    require_closed(denoiser_of(pipe))
+    copied = copy.deepcopy(denoiser_of(pipe))
+    for place in find_places(copied, ("values", "hidden"), row=row):
+        for neuron in gone.indices.get(place.site, ()):
+            for parameter, axis, part in pool_parameters(place, slice(neuron, neuron + 1)):
+                parameter.narrow(axis, part.start, part.stop - part.start).zero_()
+    return with_denoiser(pipe, copied)
+
+
+def export_with_sinks(
+    pipe: Pipeline,
+    plan: SinkPlan,
+    folder: str | Path,
+    *,
+    manifest: dict[str, Any],
+    row: DenoiserRow | None = None,
+) -> Path:
+    """Write a pipeline with the sinks that it has kept, and the manifest; complete or not at all.
+
+    The folder loads with `DiffusionPipeline.from_pretrained` as the model without its grown pool. `load_with_sinks`
+    gives the kept sinks too, to be opened by `sink_state`.
+
+    Args:
+        pipe: the pipeline, as `keep_sinks` returns it.
+        plan: its plan.
+        folder: destination; must not exist, or be empty.
+        manifest: what was done; stored as `unmemorize.json` with format, version and the denoiser's fingerprint.
+        row: site table row, for a denoiser that the table does not know.
+
+    Raises:
+        NeuronSetMismatch: if the plan was made for another architecture.
+        ModelNotSupported: if the denoiser has adapters.
+        RunFolderError: if the destination holds something, or cannot be written.
+    """
+    with whole_folder(folder) as partial:
+        save_with_sinks(pipe, plan, partial, row=row)
+        write_manifest(partial, manifest, fingerprint(pipe, row))
+    return Path(folder)
 
 
 def export(
@@ -125,7 +198,9 @@ def export(
         CheckpointMismatch: if the original is of another architecture or dtype.
         RunFolderError: if the destination holds something, or cannot be written.
         ConfigError: if the denoiser has grown sinks, which no config describes.
+        ModelNotSupported: if the denoiser has adapters.
     """
+    require_no_adapters(pipe)
     if not has_plain_widths(pipe, row):
         raise ConfigError(
             "the denoiser has grown sinks, which its config does not describe, so that a folder would not load; excise "

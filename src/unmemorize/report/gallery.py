@@ -216,7 +216,7 @@ def _grid(one: PicturePrompt, view: View) -> Grid:
     width = max((len(strip.tiles) for strip in strips), default=1)
     reference = "reference picture, never trained on" if one.group == "ordinary" else "training picture"
     return Grid(
-        prompt=clip(one.prompt, 300),
+        prompt=clip(f"{one.prompt} ({one.name})" if one.name else one.prompt, 300),
         note=view.notes.get(one.prompt, ""),
         reference=reference.capitalize(),
         training=_tile(view.folder, one.picture, reference) if one.picture else None,

@@ -39,6 +39,8 @@ CHANGES: dict[str, Quantity] = {
 QUALITIES: dict[str, Quantity] = {
     "alignment": Quantity("Alignment", "", "similarity"),
     "alignment_change": Quantity("Change of alignment", "", "difference"),
+    "denoising_loss": Quantity("Denoising loss", "", "distance"),
+    "denoising_loss_change": Quantity("Change of loss", "", "distance"),
     "fid": Quantity("FID", "", "distance"),
     "kid": Quantity("KID", "", "distance"),
 }
@@ -121,7 +123,7 @@ def _state_row(state: PictureState, cells: Sequence[Cell], result_state: str, st
 
 
 def quality_table(audit: PictureAudit, result_state: str, ident: str) -> Table | None:
-    """Alignment with the prompt and distances between sets of pictures, by state; None when none was asked for."""
+    """Alignment with prompts, denoising loss, distances between sets of pictures, by state; None without any."""
     found: dict[tuple[str, str], PictureGroup] = {
         (state.state, group.group): group for state in audit.states for group in state.groups
     }
@@ -148,6 +150,7 @@ def quality_table(audit: PictureAudit, result_state: str, ident: str) -> Table |
         rows=tuple(rows),
         spans=(("", 1), *[(name, count) for name, count in spans if count]),
         is_sortable=True,
-        note="Alignment: similarity of prompt and picture, higher is better. FID and KID: distance of two sets, lower "
-        "is better.",
+        note="Alignment: similarity of prompt and picture, higher is better. Denoising loss: error on the group's own "
+        "pictures; of ordinary pictures it is the validation loss, lower is better. FID and KID: distance of two sets, "
+        "lower is better.",
     )

@@ -150,7 +150,7 @@ def _figure(audit: PictureAudit, state: PictureState, aspect: Aspect) -> Figure 
     before = _state(audit, BEFORE)
     was = aspect_cell(audit, before, aspect) if before and before is not state else None
     others = [one for one in audit.states if one is not state]
-    controls = [one for one in others if not one.is_rival] + [one for one in others if one.is_rival]
+    controls = sorted(others, key=lambda one: (one.is_rival, not one.state.startswith("placebo")))
     return Figure(
         cell=cell,
         name=aspect.title,

@@ -248,8 +248,22 @@ class PictureOptions:
     num_steps: int = 50
     guidance: float = 7.0
     size_px: int | None = None
+    copy_threshold: float | None = None
     column: str | None = None
     title: str = ""
+
+    @property
+    def copy_thresholds(self) -> dict[str, float]:
+        """The threshold that was named, for the measure that has no convention.
+
+        Raises:
+            ConfigError: if it is out of range.
+        """
+        if self.copy_threshold is None:
+            return {}
+        if not 0.0 < self.copy_threshold <= 1.0:
+            raise ConfigError(f"--copy-threshold is {self.copy_threshold}, expected above 0 and at most 1")
+        return {"structure": self.copy_threshold}
 
 
 @quietly
@@ -287,6 +301,7 @@ def audit(
         num_steps=options.num_steps,
         guidance=options.guidance,
         size_px=options.size_px,
+        copy_thresholds=options.copy_thresholds,
     )
     result = audit_pictures(
         [PromptCase(prompt=p.text, group=p.group, pictures=p.pictures) for p in prompts],

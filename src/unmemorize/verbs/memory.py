@@ -73,6 +73,12 @@ def audit(
     size_px: Annotated[
         int | None, typer.Option(help="Pipeline: side of the pictures in pixels; by default its own.")
     ] = None,
+    copy_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Pipeline: similarity by structure from which a picture is a copy, 0 to 1; by default computed."
+        ),
+    ] = None,
     column: Annotated[str | None, typer.Option(help="Pipeline: column that holds the prompt.")] = None,
     device: Annotated[str, typer.Option(help="With neurons: cpu, cuda, mps, or auto.")] = "auto",
     dtype: Annotated[Precision | None, typer.Option(help="With neurons: dtype of the weights.")] = None,
@@ -112,6 +118,7 @@ def audit(
         num_steps=num_steps,
         guidance=guidance,
         size_px=size_px,
+        copy_threshold=copy_threshold,
         column=column,
     )
     loading = diffusion.Loading(device=device, precision=dtype)
@@ -132,7 +139,10 @@ def remove(
         ),
     ] = None,
     keep: Annotated[
-        str | None, typer.Option(help="Language model: ids whose sinks stay, separated by commas.")
+        str | None,
+        typer.Option(
+            help="Ids whose sinks stay, separated by commas; those of a pipeline's grown pool beside the plain folder."
+        ),
     ] = None,
     way: Annotated[
         Literal["excise", "fold", "edit", TextEdit] | None,

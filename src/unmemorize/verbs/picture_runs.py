@@ -1,35 +1,22 @@
 """Verbs for runs that train text-to-image models: train, measure every method in every state, take the pool out.
 
 An audit of a run is one audit of pictures for each seed, in `audits/seed<k>`: the first method stands for "before", the
-others and the states of their sinks stand beside it, the placebo of own sinks being those of another repeated
-picture. Ordinary pictures were never trained on and open no sinks in own and foreign, as in language models.
+others and the states of their sinks stand beside it (`picture_states.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unmemorize.errors import ConfigError, RunFolderError
+from unmemorize.errors import ConfigError
 from unmemorize.verbs.answers import Answer, bar_line, figure_text, file_with_options, integers, upper_end
-from unmemorize.verbs.devices import dtype_of, on_device
-from unmemorize.verbs.diffusion import Loading, PictureOptions, alignment_of, measures_of, opened, quietly
+from unmemorize.verbs.diffusion import Loading, PictureOptions, alignment_of, measures_of, quietly
 
 if TYPE_CHECKING:
-    from unmemorize.audit.pictures import PromptCase
-    from unmemorize.audit.ways import Way
-    from unmemorize.isolate.states import State
-    from unmemorize.records import PictureAudit, ProgressCallback
-
-_STATES: dict[State, str] = {
-    "off": "all sinks closed: the model that is shipped",
-    "own": "each repeated picture's own sinks open",
-    "foreign": "another repeated picture's sinks open, the placebo of own",
-    "all": "every sink open at its share",
-}
+    from unmemorize.records import Measure, PictureAudit, ProgressCallback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,25 +116,27 @@ def audit(
     from unmemorize.audit.diffusion import audit_pictures
     from unmemorize.audit.ways import PictureAuditSettings
     from unmemorize.files import read_json
+    from unmemorize.verbs.picture_states import measured, ways_of
 
     _refuse_for_pipelines(options)
     config = read_json(run / "config.json", format="unmemorize.run", version=1)["settings"]
     if max_extraction is not None and not any(name.startswith("sinks") for name in config["methods"]):
         raise ConfigError(f"--max-extraction is about closed sinks, and {run} trained none; leave it out")
-    cases, owners = _cases(run)
+    pictures = measured(run)
     settings = PictureAuditSettings(
         seeds=tuple(range(1000, 1000 + options.num_seeds)),
         num_steps=options.num_steps,
         guidance=options.guidance,
         size_px=options.size_px,
+        copy_thresholds=options.copy_thresholds,
     )
     audits: list[PictureAudit] = []
     for seed in config["seeds"]:
-        ways = list(_ways(run, config["methods"], seed, owners, loading))
+        ways = list(ways_of(run, config["methods"], seed, pictures, loading))
         device = str(ways[0].pipe.device)
         audits.append(
             audit_pictures(
-                cases,
+                pictures.cases,
                 ways,
                 settings,
                 run / "audits" / f"seed{seed}",
@@ -155,38 +144,58 @@ def audit(
                 alignment=alignment_of(options.clip, device),
                 title=f"Audit of {run.name}, seed {seed}",
                 headline=next((way.state for way in ways[1:] if not way.is_rival), None),
+                limits=pictures.limits,
                 progress=progress,
             )
         )
-    figures, lines = _over_seeds(audits)
+    copies, losses, lines = _over_seeds(audits)
     bar, code = bar_line("copies of targets with sinks closed", _worst_closed(audits), max_extraction)
     folders = [str(run / "audits" / f"seed{seed}") for seed in config["seeds"]]
     verdicts = [audit.verdict for audit in audits]
     return Answer(
-        data={"audits": folders, "copies": figures},
+        data={"audits": folders, "copies": copies, "validation_loss": losses},
         lines=[*verdicts, *lines, *bar, f"next: unmemorize report {run}"],
         exit_code=code,
     )
 
 
-def _over_seeds(audits: Sequence[PictureAudit]) -> tuple[dict[str, Any], list[str]]:
-    """Return each state's copy rates by seed, and a line for each: the mean, with an interval from three seeds on."""
-    from unmemorize.audit.statistics import mean_over_seeds
+Figures = dict[str, list[float]]
 
-    figures, lines = {}, []
+
+def _over_seeds(audits: Sequence[PictureAudit]) -> tuple[Figures, Figures, list[str]]:
+    """Return each state's copy rates and validation losses by seed, and a line for each state."""
+    copies: Figures = {}
+    losses: Figures = {}
+    lines = []
     for number, state in enumerate(audits[0].states):
         rates = [_copies(audit, number) for audit in audits]
-        values = [rate.value for rate in rates if rate is not None and rate.value is not None]
-        over = figure_text(mean_over_seeds(values))
-        mean = f"{sum(values) / len(values):.2f}" if len(values) in (1, 2) else over
-        lines.append(f"{state.label}: copies {mean}; {state.description}")
-        figures[state.state] = values
-    return figures, lines
+        errors = [_validation_loss(audit, number) for audit in audits]
+        copies[state.state], losses[state.state] = _values(rates), _values(errors)
+        words = [f"copies {_mean(rates, '.2f')}", f"validation loss {_mean(errors, '.4f')}"]
+        words += [state.description] if state.description else []
+        lines.append(f"{state.label}: {'; '.join(words)}")
+    return copies, losses, lines
+
+
+def _values(measures: Sequence[Measure | None]) -> list[float]:
+    return [measure.value for measure in measures if measure is not None and measure.value is not None]
+
+
+def _mean(measures: Sequence[Measure | None], style: str) -> str:
+    """Word a mean over seeds, with an interval from three seeds on; why there is none, where there is none."""
+    from unmemorize.audit.statistics import mean_over_seeds
+
+    values = _values(measures)
+    if not values:
+        return figure_text(measures[0])
+    if len(values) < 3:
+        return f"{sum(values) / len(values):{style}}"
+    return figure_text(mean_over_seeds(values), style)
 
 
 def _worst_closed(audits: Sequence[PictureAudit]) -> float:
     """Return the highest upper end of the copy rate with sinks closed, 0..1; 1 where nothing was measured."""
-    closed = [n for n, state in enumerate(audits[0].states) if state.num_neurons]
+    closed = [n for n, state in enumerate(audits[0].states) if state.num_neurons and not state.is_rival]
     return max((upper_end(_copies(audit, n)) for audit in audits for n in closed), default=1.0)
 
 
@@ -202,84 +211,26 @@ def _refuse_for_pipelines(options: PictureOptions) -> None:
         )
 
 
-def _copies(audit: PictureAudit, number: int) -> Any:
+def _validation_loss(audit: PictureAudit, number: int) -> Measure | None:
+    groups = audit.states[number].groups
+    return next((g.denoising_loss for g in groups if g.group == "ordinary"), None)
+
+
+def _copies(audit: PictureAudit, number: int) -> Measure | None:
     groups = audit.states[number].groups
     return next((g.similarities[0].copy_rate_frac for g in groups if g.group == "target"), None)
 
 
-def _cases(run: Path) -> tuple[list[PromptCase], dict[str, int]]:
-    """Read the pictures of a run that are measured, and whose sinks a prompt opens."""
-    from unmemorize.audit.pictures import PromptCase
-    from unmemorize.files import read_json_lines
-
-    rows = read_json_lines(run / "examples.jsonl")
-    if not all("caption" in row and "picture" in row for row in rows):
-        raise RunFolderError(f"{run} kept no pictures (records.keep_text is false); train it again with them")
-    cases = [
-        PromptCase(prompt=row["caption"], group=row["group"], pictures=(run / row["picture"],))
-        for row in rows
-    ]
-    return cases, {row["caption"]: int(row["id"]) if row["group"] == "target" else 0 for row in rows}
-
-
-def _ways(
-    run: Path, methods: list[str], seed: int, owners: dict[str, int], loading: Loading
-) -> Iterator[Way]:
-    """Yield the states of all models of one seed, the first method's as "before"."""
-    import torch
-
-    from unmemorize.audit.ways import Way
-    from unmemorize.files import read_json_lines
-    from unmemorize.isolate.diffusion import sink_state
-    from unmemorize.isolate.run_folder import model_folder
-    from unmemorize.isolate.sink_files import load_with_sinks
-
-    repeated = torch.tensor(sorted({id for id in owners.values() if id}), dtype=torch.int64)
-    is_first = True
-    for method in sorted(methods, key=lambda name: name.startswith("sinks")):
-        folder = model_folder(run, method, seed)
-        if not (folder / "training.json").is_file():
-            raise RunFolderError(f"{folder} is not trained yet; run unmemorize train again to finish it")
-        loss = read_json_lines(folder / "metrics.jsonl")[-1]["validation_loss"]
-        known = "" if loss is None else f"validation loss {loss:.4f}"
-        name = method.replace(":", "-")
-        if not (folder / "pipeline" / "sinks.json").is_file():
-            pipe = opened(folder / "pipeline", loading)
-            state = "before" if is_first else name
-            yield Way(state=state, label=method, pipe=pipe, description=known, is_rival=not is_first)
-            is_first = False
-            continue
-        pipe, plan = load_with_sinks(folder / "pipeline", dtype=dtype_of(loading.precision))
-        on_device(pipe, loading.device)
-        for state, text in _STATES.items():
-            candidates = repeated if state == "foreign" else None
-            block = partial(sink_state, pipe, plan, state, candidates=candidates)
-            has_owner = state in ("own", "foreign")
-            yield Way(
-                state="before" if is_first else f"{name}-{state}",
-                label=f"{method}, {state}",
-                pipe=pipe,
-                description=f"{text}; {known}" if state == "off" and known else text,
-                is_rival=state != "off",
-                num_neurons=len(plan.pool()) if state == "off" else 0,
-                identity=f"{method} {state} of repeated pictures",
-                **({"prompt_context": partial(_owned, block, owners)} if has_owner else {"context": block}),
-            )
-            is_first = False
-
-
-def _owned(block: Any, owners: dict[str, int], prompt: str) -> Any:
-    import torch
-
-    return block(ids=torch.tensor([owners[prompt]]))
-
-
 @quietly
 def remove_sinks(model: Path, out: Path, keep: str | None, way: str) -> Answer:
-    """Take the pool out of a pipeline that was trained with sinks, and prove that the folder is a plain one."""
+    """Take the pool out of a pipeline that was trained with sinks, and prove that the folder is a plain one.
+
+    No config describes a part of a grown pool: sinks that stay are kept beside the plain folder, the others as zeros.
+    """
     from unmemorize.isolate.sink_files import load_with_sinks
+    from unmemorize.models.denoiser_layers import has_plain_widths
     from unmemorize.models.diffusion import fingerprint
-    from unmemorize.remove.diffusion import excise, export, prove_plain
+    from unmemorize.remove.diffusion import excise, export, export_with_sinks, keep_sinks, prove_plain
     from unmemorize.remove.folders import manifest_of
 
     if way != "excise":
@@ -287,9 +238,19 @@ def remove_sinks(model: Path, out: Path, keep: str | None, way: str) -> Answer:
     pipe, plan = load_with_sinks(model)
     kept = integers(keep)
     chosen = plan.pool() - plan.neurons_for(kept) if kept else plan.pool()
-    smaller = excise(pipe, chosen)
-    manifest = manifest_of(way, fingerprint(pipe), chosen)
-    export(smaller, out, manifest=manifest)
+    is_beside = bool(kept) and not has_plain_widths(pipe)
+    if kept and is_beside:
+        manifest = {**manifest_of("fold", fingerprint(pipe), chosen), "kept_ids": kept}
+        export_with_sinks(keep_sinks(pipe, plan, kept), plan, out, manifest=manifest)
+    else:
+        export(excise(pipe, chosen), out, manifest=manifest_of(way, fingerprint(pipe), chosen))
     prove_plain(out, "a picture", num_inference_steps=1)
-    lines = [f"removed {len(chosen)} neurons", "loads without unmemorize", str(out)]
-    return Answer(data={"folder": str(out), "num_neurons": len(chosen)}, lines=lines)
+    num_kept = len(plan.pool()) - len(chosen)
+    lines = [
+        f"removed {len(chosen)} neurons" + (f", kept {num_kept} of {len(kept)} ids" if kept else ""),
+        "loads without unmemorize"
+        + (", grown sinks closed; load_with_sinks opens them" if is_beside else ""),
+        str(out),
+    ]
+    data = {"folder": str(out), "num_neurons": len(chosen), "num_kept": num_kept}
+    return Answer(data=data, lines=lines)

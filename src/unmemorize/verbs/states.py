@@ -93,7 +93,9 @@ def _own(pipe: Pipeline, own: Mapping[str, NeuronSet], model_id: str) -> Way:
         description="For each target its own neurons are off, and nothing for other prompts.",
         num_neurons=max(map(len, own.values())),
         identity=f"{model_id} {digest}",
-        prompt_context=lambda prompt: deactivated(pipe, own[prompt]) if prompt in own else nullcontext(),
+        case_context=lambda case: (
+            deactivated(pipe, own[case.prompt]) if case.prompt in own else nullcontext()
+        ),
     )
 
 
