@@ -124,6 +124,24 @@ def test_every_way_writes_what_it_did_within_the_budget(
     assert losses[1] > losses[0]
 
 
+def test_unlearning_takes_a_learning_rate_and_nothing_else_does(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unmemorize.verbs.language_remove._proof", lambda model, out: 0.0)
+    rate = ("--learning-rate", "3e-4", "--budget", "1")
+    ask(capsys, *words(folder, tmp_path / "plain", "npo", *rate))
+    manifest = json.loads((tmp_path / "plain" / "unmemorize.json").read_text())
+    assert manifest["settings"]["learning_rate"] == 3e-4
+    message = refusal(capsys, *words(folder, tmp_path / "other", "svd", *rate))
+    assert message == (
+        "unmemorize: --learning-rate is for unlearning (gradient-ascent, gradient-difference, npo, simnpo); --way svd "
+        "has none: leave it out"
+    )
+    message = refusal(capsys, *words(folder, tmp_path / "other", "npo", "--learning-rate", "0"))
+    assert "learning_rate is 0" in message
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("way", ["svd", "gradient-ascent", "gradient-difference", "simnpo"])
 def test_no_way_writes_anything_beyond_the_budget(
     folder: Path,

@@ -20,6 +20,8 @@ TextEdit = Literal[
     "curvature", "svd", "subnet", "output-vectors", "gradient-ascent", "gradient-difference", "npo", "simnpo"
 ]
 """Edits of a language model's weights that take no neurons."""
+UNLEARNING = ("gradient-ascent", "gradient-difference", "npo", "simnpo")
+"""The edits that train, by a learning rate, until a budget is reached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from unmemorize.records import ProgressCallback
 
 UNTARGETED = ("curvature", "svd")
+LEARNING_RATE = 1e-4
+"""Step size of unlearning unless one is given; that of small models."""
 NUM_KEPT_BACK = 4
 """Every fourth ordinary text is kept from the edit and watches the budget."""
 
@@ -34,6 +36,7 @@ class EditOptions:
     prefix: int = 32
     length: int = 256
     protect: Path | None = None
+    learning_rate: float | None = None
 
 
 def edit(progress: ProgressCallback, model: Path, out: Path, options: EditOptions) -> Answer:
@@ -162,7 +165,8 @@ def _settings(options: EditOptions) -> Any:
     if options.way == "output-vectors":
         return OutputVectorSettings(prefix_tokens=options.prefix)
     if METHODS[options.way] is UnlearningSettings:
-        return UnlearningSettings(learning_rate=1e-4, perplexity_budget_frac=options.budget)
+        rate = LEARNING_RATE if options.learning_rate is None else options.learning_rate
+        return UnlearningSettings(learning_rate=rate, perplexity_budget_frac=options.budget)
     return None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from unmemorize.errors import ConfigError
-from unmemorize.verbs.answers import Answer, Precision, TextEdit
+from unmemorize.verbs.answers import UNLEARNING, Answer, Precision, TextEdit
 from unmemorize.verbs.families import family_of, folder_of
 
 if TYPE_CHECKING:
@@ -167,6 +167,12 @@ def remove(
     budget: Annotated[
         float, typer.Option(help="Edits of language models: most that ordinary perplexity may rise, 0 to 1.")
     ] = 0.1,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Unlearning (gradient-..., npo, simnpo): step size, 1e-4 by default; less for larger models."
+        ),
+    ] = None,
     keep_undo: Annotated[
         bool,
         typer.Option(
@@ -182,6 +188,11 @@ def remove(
         raise ConfigError(
             f"--protect is for --way curvature of language models; {f'--way {way}' if way else 'cutting neurons out'} "
             "does not look at it: leave it out"
+        )
+    if learning_rate is not None and way not in UNLEARNING:
+        raise ConfigError(
+            f"--learning-rate is for unlearning ({', '.join(UNLEARNING)}); "
+            f"{f'--way {way}' if way else 'cutting neurons out'} has none: leave it out"
         )
     if family_of(model) == "diffusion":
         if neurons is None and way != "edit" and (Path(model) / "sinks.json").is_file():
@@ -214,6 +225,7 @@ def remove(
         keep_undo=keep_undo,
         prefix=prefix,
         protect=protect,
+        learning_rate=learning_rate,
     )
     return language_remove.edit(progress, Path(model), out, options)
 
