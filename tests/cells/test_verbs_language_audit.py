@@ -127,6 +127,39 @@ def test_other_inputs_are_measured_again(
     assert figures(fresh) == figures(out)
 
 
+def test_ordinary_texts_that_chose_the_neurons_are_not_measured(folder: Path, tmp_path: Path) -> None:
+    """Contrast sees three of four ordinary texts; what the model loses is measured on the others."""
+    ordinary = ("--ordinary", str(folder / "ordinary.txt"))
+    out = tmp_path / "compared"
+    localize(folder, str(out), "--share", "0.03", "--method", "contrast", *ordinary)
+    num_texts = len((folder / "ordinary.txt").read_text().splitlines())
+    assert len(json.loads((out / "localization.json").read_text())["compared"]) == num_texts * 3 // 4
+    words = [
+        "audit",
+        str(folder / "model"),
+        "--examples",
+        str(folder / "examples.jsonl"),
+        "--out",
+        str(out),
+        *CUT,
+    ]
+    assert main([*words, *ordinary]) == 0
+    found = json.loads((out / "audit.json").read_text())
+    assert found["settings"]["num_ordinary"] == num_texts // 4
+    assert (
+        f"{num_texts * 3 // 4} ordinary texts helped to choose the neurons and are not measured."
+        in found["limits"]
+    )
+    seen = [
+        text for number, text in enumerate((folder / "ordinary.txt").read_text().splitlines()) if number % 4
+    ]
+    (folder / "seen.txt").write_text("\n".join(seen))
+    (out / "audit.json").unlink()
+    assert main([*words, "--ordinary", str(folder / "seen.txt")]) == 0
+    limits = json.loads((out / "audit.json").read_text())["limits"]
+    assert any(limit.startswith("All ordinary texts helped to choose") for limit in limits)
+
+
 def test_a_damaged_measurement_is_made_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,8 @@ class TextLocalization(StoredRecord):
 
     `neurons.json` is the set of the first method, or that of `search` if there was one. `share_frac` is that of every
     layer, or of all layers together where `selection` is "global"; `skipped_layers` give none. `length_tokens` is where
-    longer texts were cut.
+    longer texts were cut. `compared` has digests of the ordinary texts that a method compared with; an audit leaves
+    them out.
     """
 
     format: Literal["unmemorize.text_localization"] = "unmemorize.text_localization"
@@ -83,6 +84,7 @@ class TextLocalization(StoredRecord):
     methods: list[LocalizedMethod]
     agreement: list[Agreement] = []
     search: NeuronSearch | None = None
+    compared: list[str] = []
 
 
 class NeuronState(Record):

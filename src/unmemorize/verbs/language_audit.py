@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from unmemorize.errors import ConfigError, RunFolderError
 from unmemorize.verbs.answers import Answer, Precision, bar_line, figure_text, upper_end
 from unmemorize.verbs.language_runs import read_localization
-from unmemorize.verbs.texts import Cut, load_model, read_ordinary, read_texts, target_cuts
+from unmemorize.verbs.texts import Cut, digest_of, load_model, read_ordinary, read_texts, target_cuts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +70,7 @@ def audit(
     tokenizer = load_tokenizer(model)
     texts = read_texts(examples, tokenizer, model, cut)
     target_cuts(texts, cut, examples)
-    ordinary = read_ordinary(options.ordinary, tokenizer, cut, texts)
+    ordinary, limits = _kept_back(read_ordinary(options.ordinary, tokenizer, cut, texts), stored)
     loaded = load_model(model, device, precision)
     require_same_model(neurons, loaded)
     settings = AuditSettings(lengths=((cut.prefix, cut.suffix),), seed=options.seed)
@@ -96,7 +96,7 @@ def audit(
         localized=[] if stored is None else stored.methods,
         agreement=[] if stored is None else stored.agreement,
         curve=curve,
-        limits=_limits(ordinary),
+        limits=limits,
     )
     result.save(out / "audit.json")
     after = next(one for one in records if one.state == headline)
@@ -232,14 +232,25 @@ def _verdict(states: dict[str, NeuronState], headline: str) -> str:
     )
 
 
-def _limits(ordinary: Any) -> list[str]:
+def _kept_back(
+    ordinary: tuple[tuple[int, ...], ...], stored: TextLocalization | None
+) -> tuple[tuple[tuple[int, ...], ...], list[str]]:
+    """Leave out ordinary texts that helped to choose the neurons, if others are left; returns limits to name too."""
     limits = [
         "Neurons that were chosen on these targets are measured on them; extraction is one way of asking, and a text "
         "that is no longer repeated may still be known: read the loss beside it."
     ]
-    return (
-        limits if ordinary else [*limits, "Without ordinary texts nothing is said of what the model loses."]
-    )
+    compared = set() if stored is None else set(stored.compared)
+    apart = tuple(text for text in ordinary if digest_of(text) not in compared)
+    if not ordinary:
+        limits.append("Without ordinary texts nothing is said of what the model loses.")
+    elif not apart:
+        limits.append("All ordinary texts helped to choose the neurons: what the model loses is understated.")
+    elif len(apart) < len(ordinary):
+        limits.append(
+            f"{len(ordinary) - len(apart)} ordinary texts helped to choose the neurons and are not measured."
+        )
+    return apart or ordinary, limits
 
 
 def wants_neurons(out: Path | None, options: NeuronAuditOptions) -> bool:

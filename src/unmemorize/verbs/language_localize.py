@@ -23,7 +23,16 @@ from unmemorize.verbs.language_search import (
     search_line,
     share_line,
 )
-from unmemorize.verbs.texts import Cut, load_model, read_ordinary, read_texts, target_cuts
+from unmemorize.verbs.texts import (
+    NUM_KEPT_BACK,
+    Cut,
+    digest_of,
+    divided,
+    load_model,
+    read_ordinary,
+    read_texts,
+    target_cuts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,22 +91,24 @@ def localize(
     targets = target_cuts(texts, cut, examples)
     known = read_ordinary(ordinary, tokenizer, cut, texts)
     compared = [name for name in names if name in COMPARED]
-    if compared and len(known) < 2:
+    if compared and len(known) < NUM_KEPT_BACK:
         raise ConfigError(
-            f"{compared[0]} compares with ordinary texts; give --ordinary FILE with two texts or more"
+            f"{compared[0]} compares with ordinary texts; give --ordinary FILE with {NUM_KEPT_BACK} texts or more"
         )
+    seen, _ = divided(known)
     loaded = load_model(model, device, precision)
     require_layers(loaded, options)
     is_memorized, rate = _memorized(loaded, targets, cut, is_forced=options.is_forced)
     start_run(out, fingerprint(loaded), texts, known, options)
     write_examples(out, texts, tokenizer, dict(zip((t.name for t in targets), is_memorized, strict=True)))
     chosen = [t for t, is_one in zip(targets, is_memorized, strict=True) if is_one] or list(targets)
-    found = _localized(out, loaded, chosen, known, options, progress)
+    found = _localized(out, loaded, chosen, seen, options, progress)
     result = TextLocalization(
         model_id=fingerprint(loaded),
         num_targets=len(targets),
         num_memorized=sum(is_memorized),
         extraction_rate_frac=rate,
+        compared=[digest_of(text) for text in seen] if compared else [],
         **found,
     )
     result.save(out / "localization.json")
@@ -108,13 +119,13 @@ def _localized(
     out: Path,
     model: PreTrainedModel,
     chosen: Sequence[MemorizedExample],
-    known: Sequence[tuple[int, ...]],
+    seen: Sequence[tuple[int, ...]],
     options: NeuronOptions,
     progress: ProgressCallback,
 ) -> dict[str, Any]:
     """Score by every method, choose, and write `neurons.json`; returns what `localization.json` says of it."""
     names, cut = options.names, options.cut
-    scores = {name: _scores(out, model, chosen, name, known, options, progress) for name in names}
+    scores = {name: _scores(out, model, chosen, name, seen, options, progress) for name in names}
     sets = {name: best_share(found, options) for name, found in scores.items()}
     neurons, search = sets[names[0]], None
     if options.leave is not None:
@@ -192,7 +203,7 @@ def _scores(
     model: PreTrainedModel,
     chosen: Sequence[MemorizedExample],
     name: str,
-    known: Sequence[tuple[int, ...]],
+    seen: Sequence[tuple[int, ...]],
     options: NeuronOptions,
     progress: ProgressCallback,
 ) -> NeuronScores:
@@ -208,7 +219,7 @@ def _scores(
     settings = LocalizeSettings(seed=options.seed, is_forced=True, exclude_layers=options.skip_layers)
     statistics, spent, started = None, ScoringCost(), time.monotonic()
     if name in COMPARED:
-        statistics = collect_statistics(model, known, quantity=COMPARED[name], progress=progress)
+        statistics = collect_statistics(model, seen, quantity=COMPARED[name], progress=progress)
         spent = ScoringCost(forward_equivalents=passes(statistics), seconds=time.monotonic() - started)
     found = localize(model, chosen, name, settings, statistics=statistics, progress=progress)  # type: ignore[arg-type]
     found = replace(found, cost=found.cost + spent)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unmemorize.errors import ConfigError, RunFolderError
 from unmemorize.verbs.answers import Answer, TextEdit
-from unmemorize.verbs.texts import Cut, decoded, load_model, read_ordinary, read_texts
+from unmemorize.verbs.texts import NUM_KEPT_BACK, Cut, decoded, divided, load_model, read_ordinary, read_texts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 UNTARGETED = ("curvature", "svd")
 LEARNING_RATE = 1e-4
 """Step size of unlearning unless one is given; that of small models."""
-NUM_KEPT_BACK = 4
-"""Every fourth ordinary text is kept from the edit and watches the budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +119,7 @@ def _texts(model: Path, options: EditOptions) -> tuple[Any, Any, Any]:
         raise DataError(
             f"{options.examples} names no text of group target; give the texts to remove that group"
         )
-    retain = [text for number, text in enumerate(ordinary) if number % NUM_KEPT_BACK]
-    return targets, retain, ordinary[::NUM_KEPT_BACK]
+    return targets, *divided(ordinary)
 
 
 def _protected(

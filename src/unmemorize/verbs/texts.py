@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from unmemorize.audit.examples import Example
     from unmemorize.corpus.memorized import MemorizedExample
 
+NUM_KEPT_BACK = 4
+"""Every fourth ordinary text is kept from choices and edits, and says what they cost."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
@@ -120,6 +123,14 @@ def read_ordinary(
     targets = [example.tokens for example in examples if example.group == "target"]
     require_no_passage([decoded(tokenizer, t) for t in targets], [decoded(tokenizer, t) for t in ordinary])
     return ordinary
+
+
+def divided(
+    ordinary: Sequence[tuple[int, ...]],
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Return the ordinary texts that a choice or an edit may see, and every fourth, kept back to say what it cost."""
+    seen = tuple(text for number, text in enumerate(ordinary) if number % NUM_KEPT_BACK)
+    return seen, tuple(ordinary[::NUM_KEPT_BACK])
 
 
 def target_cuts(examples: Sequence[Example], cut: Cut, path: Path) -> tuple[MemorizedExample, ...]:
