@@ -99,7 +99,7 @@ def test_labels_are_split_and_dropped() -> None:
     labels = torch.tensor([[-100, 5, 6, -100, 8, 9]])
     ids = torch.tensor([[7, 7, 7, 0, 0, 0]])
     method = parse_method("gradient-masking")
-    assert method.halves == ("repeated", "others")
+    assert method.halves() == ("repeated", "others")
     assert method.labels(labels, ids, "repeated").tolist() == [[-100, 5, 6, -100, -100, -100]]
     assert method.labels(labels, ids, "others").tolist() == [[-100, -100, -100, -100, 8, 9]]
     long = torch.arange(400).remainder(37).view(1, -1)
