@@ -66,8 +66,10 @@ class MethodSettings:
             raise ConfigError(
                 f"sink_learning_rate_scale is {self.sink_learning_rate_scale}, expected above 0"
             )
-        if self.shared_cap is not None and self.shared_cap < 0:
-            raise ConfigError(f"shared_cap is {self.shared_cap}, expected 0 or more sightings")
+        if self.shared_cap is not None and (self.shared_cap < 0 or self.shared_cap % 1):
+            raise ConfigError(
+                f"shared_cap is {self.shared_cap}, expected a whole number of sightings, 0 or more"
+            )
         if self.compute not in ("masked", "gathered"):
             raise ConfigError(f"compute is {self.compute!r}, expected masked or gathered")
         if self.goldfish_k < 2:
