@@ -22,7 +22,7 @@ from unmemorize.isolate.plan import SinkSettings
 from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
 
 ROOT = Path(__file__).parents[2]
-METHODS = ("sinks", "gradient-masking")
+METHODS = ("sinks", "gradient-masking", "sinks:shared_cap=2")
 
 
 def job(folder: Path, method: str) -> Job:

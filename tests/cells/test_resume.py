@@ -129,7 +129,7 @@ def test_an_end_at_any_write_is_survived(
     assert_same(tmp_path, expected)
 
 
-@pytest.mark.parametrize("method", ["standard", "gradient-masking"])
+@pytest.mark.parametrize("method", ["standard", "gradient-masking", "sinks:shared_cap=7"])
 def test_other_methods_continue_too(tmp_path: Path, method: str) -> None:
     train_method(job(tmp_path / "straight", method=method, every=None))
 

@@ -323,7 +323,9 @@ def job(folder: Path, method: str = "standard", **changes: Any) -> Job:
     return replace(made, **changes)
 
 
-@pytest.mark.parametrize("method", ["standard", "goldfish", "sinks", "gradient-masking"])
+@pytest.mark.parametrize(
+    "method", ["standard", "goldfish", "sinks", "sinks:shared_cap=1", "gradient-masking"]
+)
 def test_micro_batches_change_nothing_but_rounding(tmp_path: Path, method: str) -> None:
     whole, cut = job(tmp_path / "whole", method), job(tmp_path / "cut", method)
     train_method(whole)

@@ -73,6 +73,9 @@ def test_a_method_changes_settings_for_itself() -> None:
         ("sinks:share_frac", "has 'share_frac', expected NAME=VALUE"),
         ("sinks:share_frac=2", "share_frac is 2, expected 0 to 1"),
         ("sinks:share_frac=much", "wrong type"),
+        ("sinks:shared_cap=-1", "shared_cap is -1, expected a whole number of sightings, 0 or more"),
+        ("sinks:shared_cap=1.5", "shared_cap is 1.5, expected a whole number"),
+        ("sinks:shared_cap=few", "wrong type"),
         ("goldfish:goldfish_k=1", "goldfish_k is 1, expected 2 or more"),
         ("sinks:scheme=published,active_frac=0.3", "use compute masked"),
     ],
@@ -99,7 +102,7 @@ def test_labels_are_split_and_dropped() -> None:
     labels = torch.tensor([[-100, 5, 6, -100, 8, 9]])
     ids = torch.tensor([[7, 7, 7, 0, 0, 0]])
     method = parse_method("gradient-masking")
-    assert method.halves == ("repeated", "others")
+    assert method.halves() == ("repeated", "others")
     assert method.labels(labels, ids, "repeated").tolist() == [[-100, 5, 6, -100, -100, -100]]
     assert method.labels(labels, ids, "others").tolist() == [[-100, -100, -100, -100, 8, 9]]
     long = torch.arange(400).remainder(37).view(1, -1)

@@ -237,7 +237,9 @@ def _label(method: Method) -> str:
     sinks = method.settings.sinks
     pool = f"{sinks.grown} grown" if sinks.grown else f"{1 - sinks.share_frac:.0%} carved"
     size = f"{sinks.sinks_per_id} each" if sinks.sinks_per_id else f"{sinks.active_frac:.0%} each"
-    return f"sinks ({pool}, {size}, for {method.settings.sinks_for})"
+    cap = method.settings.shared_cap
+    capped = "" if cap is None else f", shared neurons learn from {cap} sighting{'s' if cap != 1 else ''}"
+    return f"sinks ({pool}, {size}, for {method.settings.sinks_for}{capped})"
 
 
 def _curve(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,10 @@
 """One training: one model, one method, one seed. Plain PyTorch, and DDP through accelerate.
 
+    loss of a step = sum of nats over the global batch / number of its labels
+
+With `shared_cap` the tokens of late sightings teach sinks alone: two forward and backward passes, each over the rows
+that have labels for it, both divided by the labels of the whole batch.
+
 What distinguishes methods is asked of `methods.Method`; this file knows steps, metrics and where to continue. The
 random state of a step follows from seed, step and process, so that a training that was killed and started again
 computes the same numbers (dropout included) without any generator being stored; the caller's are put back.
@@ -17,21 +22,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unmemorize.errors import ConfigError, FileFormatError, RunFolderError
 from unmemorize.files import append_json_line, read_json, read_json_lines, write_atomic, write_json
 from unmemorize.isolate.checkpoints import Standing, load_checkpoint, newest_checkpoint, write_checkpoint
 from unmemorize.isolate.engine import make_accelerator, require_identity, train_to_end
 from unmemorize.isolate.language import sink_state, training_sinks
-from unmemorize.isolate.methods import Half, Method, RoutedGradients
+from unmemorize.isolate.methods import Method, RoutedGradients
 from unmemorize.isolate.optimizer import isolated_optimizer
-from unmemorize.isolate.packing import to_batch
+from unmemorize.isolate.packing import IGNORED, Row, spread, to_batch
 from unmemorize.isolate.plan import SinkPlan
 from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
 from unmemorize.isolate.steps import (
     Batch,
-    Row,
     count_labels,
     learning_rate,
     loss_sum,
@@ -61,6 +65,7 @@ class Job:
     Attributes:
         model: trained in place.
         rows: training rows in order, documents as (token ids, sink id).
+        numbers: which document each one in rows is a piece of, if some were split (see `pack_numbered`).
         validation, repeated: rows to evaluate on, state off.
         method: how to train.
         plan: the sinks, for methods with a pool.
@@ -74,6 +79,7 @@ class Job:
 
     model: PreTrainedModel
     rows: Sequence[Row]
+    numbers: Sequence[Sequence[int]] | None = None
     validation: Sequence[Row] = ()
     repeated: Sequence[Row] = ()
     method: Method
@@ -98,8 +104,8 @@ class Job:
             raise ConfigError(
                 f"method {self.method.name} {'needs a' if self.method.has_pool else 'has no'} plan"
             )
-        if self.method.settings.shared_cap is not None:
-            raise ConfigError("shared_cap is for pictures; leave it out for a language model")
+        if self.numbers is not None and [len(row) for row in self.numbers] != [len(row) for row in self.rows]:
+            raise ConfigError("numbers and rows differ in layout; take both from pack_numbered")
 
     @property
     def num_steps(self) -> int:
@@ -181,9 +187,8 @@ class _Training:
         job.model.to(accelerator.device).train()
         self._wrapped = accelerator.prepare_model(job.model)
         self._optimizer = make_optimizer(job.model, job.optimization)
-        self._routed = (
-            RoutedGradients(job.model, job.plan) if job.plan and len(job.method.halves) > 1 else None
-        )
+        self._is_late = job.method.late(job.rows, job.numbers)
+        self._routed = RoutedGradients(job.model, job.plan) if job.plan else None
         self._standing = Standing()
         self._is_torn = False
         self._saved_at = time.monotonic()
@@ -276,10 +281,9 @@ class _Training:
         job, settings, step = self.job, self.job.optimization, self._standing.step
         rank = self._accelerator.process_index
         torch.manual_seed((job.seed * 1_000_003 + step) * 4_099 + rank)
-        rows = job.rows[step * settings.batch_rows : (step + 1) * settings.batch_rows]
-        batch = to_batch(rows)
-        for half in job.method.halves:
-            self._backward(batch, half)
+        places = slice(step * settings.batch_rows, (step + 1) * settings.batch_rows)
+        rows = job.rows[places]
+        self._backward(to_batch(rows), spread(rows, self._is_late[places]))
         if settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(job.model.parameters(), settings.clip_norm)
         for group in self._optimizer.param_groups:
@@ -295,16 +299,30 @@ class _Training:
         self._is_torn = False
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, batch: Batch, half: Half) -> None:
-        """Add the gradient of this process's share of the mean loss over the global batch."""
-        accelerator, method = self._accelerator, self.job.method
-        labels = method.labels(batch["labels"], batch["sink_ids"], half)
-        num_labels = count_labels(labels)
+    def _backward(self, batch: Batch, is_late: Tensor) -> None:
+        """Make this process's share of the gradient, in as many passes as the method needs."""
+        method = self.job.method
+        num_labels = count_labels(batch["labels"])
+        halves = method.halves(has_late=count_labels(batch["labels"].masked_fill(~is_late, IGNORED)) > 0)
+        for half in halves:
+            labels = method.labels(batch["labels"], batch["sink_ids"], half, is_late)
+            if half in ("late", "early"):
+                # The same rows on all processes, so that all make equally many passes.
+                chosen = (labels[:, 1:] != IGNORED).any(1)
+                part = {name: tensor[chosen] for name, tensor in {**batch, "labels": labels}.items()}
+                self._add_gradient(part, num_labels)
+            else:
+                self._add_gradient({**batch, "labels": labels}, count_labels(labels))
+            if self._routed is not None and half in ("repeated", "late"):
+                self._routed.keep_pool()
+            elif self._routed is not None and half in ("others", "early"):
+                self._routed.put_pool(adds=half == "early")
+
+    def _add_gradient(self, batch: Batch, num_labels: int) -> None:
+        """Add the gradient of this process's share of the summed loss of some rows over a number of labels."""
+        accelerator = self._accelerator
         parts = micro_batches(
-            {**batch, "labels": labels},
-            accelerator.process_index,
-            accelerator.num_processes,
-            self.job.optimization.micro_rows,
+            batch, accelerator.process_index, accelerator.num_processes, self.job.optimization.micro_rows
         )
         # DDP averages over processes, so the share of each is scaled up by their number.
         scale = accelerator.num_processes / max(num_labels, 1)
@@ -312,16 +330,13 @@ class _Training:
             is_last = number == len(parts) - 1
             with nullcontext() if is_last else accelerator.no_sync(self._wrapped), self._autocast():
                 loss = loss_sum(
-                    self._wrapped, moved(part, accelerator.device), has_sinks=method.kind == "sinks"
+                    self._wrapped,
+                    moved(part, accelerator.device),
+                    has_sinks=self.job.method.kind == "sinks",
                 )
                 (loss * scale).backward()
             self._loss += loss.detach()
-        self._labels += num_labels
-        if self._routed is not None:
-            if half == "repeated":
-                self._routed.keep_pool()
-            else:
-                self._routed.put_pool()
+        self._labels += count_labels(batch["labels"])
 
     def _autocast(self) -> Any:
         if self.job.optimization.precision == "float32":

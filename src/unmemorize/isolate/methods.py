@@ -19,9 +19,11 @@ activations; shared_cap is ours.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
@@ -30,11 +32,11 @@ from torch import Tensor, nn
 
 from unmemorize.errors import ConfigError
 from unmemorize.isolate.optimizer import pool_slices
-from unmemorize.isolate.packing import IGNORED, goldfish_labels
+from unmemorize.isolate.packing import IGNORED, Row, goldfish_labels
 from unmemorize.isolate.plan import SinkPlan, SinkSettings
 
 Kind = Literal["standard", "dedup", "cap", "goldfish", "sinks", "gradient-masking"]
-Half = Literal["all", "repeated", "others"]
+Half = Literal["all", "repeated", "others", "late", "early"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,8 @@ class MethodSettings:
     sink_learning_rate_scale: float = 1.0
     """Learning rate of sinks, as a multiple of the shared neurons'."""
     shared_cap: int | None = None
-    """Sightings of an id, its first, from which shared neurons learn; later ones teach its sinks alone (pictures)."""
+    """Sightings of an id, its first, from which shared neurons learn; later ones teach its sinks alone. For method
+    sinks; ids as sinks_for gives them. None is no cap."""
     compute: Literal["masked", "gathered"] = "gathered"
     """How layers with sinks are computed; the same numbers up to rounding."""
     goldfish_k: int = 4
@@ -63,8 +66,10 @@ class MethodSettings:
             raise ConfigError(
                 f"sink_learning_rate_scale is {self.sink_learning_rate_scale}, expected above 0"
             )
-        if self.shared_cap is not None and self.shared_cap < 0:
-            raise ConfigError(f"shared_cap is {self.shared_cap}, expected 0 or more sightings")
+        if self.shared_cap is not None and (self.shared_cap < 0 or self.shared_cap % 1):
+            raise ConfigError(
+                f"shared_cap is {self.shared_cap}, expected a whole number of sightings, 0 or more"
+            )
         if self.compute not in ("masked", "gathered"):
             raise ConfigError(f"compute is {self.compute!r}, expected masked or gathered")
         if self.goldfish_k < 2:
@@ -99,24 +104,61 @@ class Method:
         """Whether its models have sinks, and are shipped without them."""
         return self.kind in ("sinks", "gradient-masking")
 
-    @property
-    def halves(self) -> tuple[Half, ...]:
-        """The parts of a batch that need a backward pass of their own."""
+    def halves(self, *, has_late: bool = False) -> tuple[Half, ...]:
+        """Return the parts of a batch that need a backward pass of their own.
+
+        Args:
+            has_late: whether anything is to be learned from documents that `late` names.
+        """
+        if has_late:
+            return ("late", "early")
         return ("repeated", "others") if self.kind == "gradient-masking" else ("all",)
+
+    def late(self, rows: Sequence[Row], numbers: Sequence[Sequence[int]] | None = None) -> list[list[bool]]:
+        """Tell which documents teach sinks alone: sightings of an id beyond the shared cap, in the order of rows.
+
+        Args:
+            rows: all rows of a training, documents as (token ids, sink id).
+            numbers: which document each one is a piece of, in the layout of rows, as made by `pack_numbered`: its
+                pieces are one sighting, at the place of the first. By default nothing is a piece of another.
+        """
+        cap = self.settings.shared_cap
+        if self.kind != "sinks" or cap is None:
+            return [[False] * len(row) for row in rows]
+        if numbers is None:
+            count = itertools.count()
+            numbers = [[next(count) for _ in row] for row in rows]
+        seen, sighting, late = Counter[int](), dict[int, int](), []
+        for row, row_numbers in zip(rows, numbers, strict=True):
+            for (_, identity), number in zip(row, row_numbers, strict=True):
+                if number not in sighting:
+                    seen[identity] += 1
+                    sighting[number] = seen[identity]
+            late.append(
+                [
+                    identity > 0 and sighting[number] > cap
+                    for (_, identity), number in zip(row, row_numbers, strict=True)
+                ]
+            )
+        return late
 
     def sink_id(self, document_id: int, repeated: Container[int]) -> int:
         """Return the id that a document's tokens carry: its own, or 0 where it opens no sinks."""
         is_for_all = self.kind == "sinks" and self.settings.sinks_for == "all"
         return document_id if is_for_all or (self.has_pool and document_id in repeated) else 0
 
-    def labels(self, labels: Tensor, sink_ids: Tensor, half: Half) -> Tensor:
+    def labels(self, labels: Tensor, sink_ids: Tensor, half: Half, is_late: Tensor | None = None) -> Tensor:
         """Return the labels to learn from.
 
         Args:
             labels: shape (B, T), int64, -100 where nothing is predicted.
             sink_ids: shape (B, T), int64, as made by `sink_id`.
             half: part of the batch; repeated documents are the ones with an id.
+            is_late: shape (B, T), bool, as `late` says of the token's document; needed for the halves late and early.
         """
+        if half in ("late", "early"):
+            assert is_late is not None
+            return labels.masked_fill(is_late != (half == "late"), IGNORED)
         if half != "all":
             return labels.masked_fill((sink_ids > 0) != (half == "repeated"), IGNORED)
         if self.kind == "goldfish":
@@ -182,6 +224,8 @@ def _value(text: str) -> object:
 class RoutedGradients:
     """Puts the gradients of two backward passes together: pool from the first, everything else from the second.
 
+    With `put_pool(adds=True)` the pool gets both: the first pass teaches it alone, the second one teaches everything.
+
     Args:
         model: the model, unwrapped.
         plan: tells the pool: rows of the first projections with their biases, columns of the last.
@@ -191,9 +235,11 @@ class RoutedGradients:
         self._model = model
         self._parts = pool_slices(model, plan)
         self._kept: list[Tensor | None] = []
+        self._reached: list[nn.Parameter] = []
 
     def keep_pool(self) -> None:
-        """Set the pool's gradients aside and clear all; call after the pass over repeated documents."""
+        """Set the pool's gradients aside and clear all; call after the pass over repeated, or late, documents."""
+        self._reached = [p for p in self._model.parameters() if p.grad is not None]
         self._kept = [
             None if p.grad is None else p.grad.narrow(axis, s.start, s.stop - s.start).clone()
             for p, axis, s in self._parts
@@ -201,7 +247,13 @@ class RoutedGradients:
         self._model.zero_grad(set_to_none=True)
 
     def put_pool(self, *, adds: bool = False) -> None:
-        """Replace the pool's gradients by those set aside, or add these; call after the pass over the others."""
+        """Replace the pool's gradients by those set aside, or add these; call after the pass over the others.
+
+        Where these are added, weights that the first pass alone has reached get zeros: the optimizer's moments go on.
+        """
+        for parameter in self._reached if adds else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         for (parameter, axis, s), kept in zip(self._parts, self._kept, strict=True):
             if parameter.grad is None and kept is None:
                 continue

@@ -26,6 +26,7 @@ from unmemorize.ids import ID_MAX
 IGNORED = -100
 
 Pair = tuple[Sequence[int], int]
+Row = Sequence[Pair]
 Long = Literal["cut", "split", "error"]
 
 _OPEN_ROWS = 16
@@ -49,27 +50,41 @@ def pack(documents: Sequence[Pair], length_tokens: int, *, long: Long = "cut") -
     Raises:
         DataError: if a document has no tokens, or is longer than a row and `long` is "error".
     """
+    return pack_numbered(documents, length_tokens, long=long)[0]
+
+
+def pack_numbered(
+    documents: Sequence[Pair], length_tokens: int, *, long: Long = "cut"
+) -> tuple[list[list[Pair]], list[list[int]]]:
+    """Do what `pack` does, and also say which document each one in a row is, or is a piece of.
+
+    Returns:
+        Rows as from `pack`, and in the same layout the places of the documents in the argument, from 0.
+    """
     rows: list[list[Pair]] = []
+    numbers: list[list[int]] = []
     room: list[int] = []
-    for tokens, identity in _fitted(documents, length_tokens, long):
+    for number, (tokens, identity) in _fitted(documents, length_tokens, long):
         first = max(0, len(rows) - _OPEN_ROWS)
         place = next((i for i in range(first, len(rows)) if room[i] >= len(tokens)), None)
         if place is None:
             rows.append([])
+            numbers.append([])
             room.append(length_tokens)
             place = len(rows) - 1
         rows[place].append((tokens, identity))
+        numbers[place].append(number)
         room[place] -= len(tokens)
-    return rows
+    return rows, numbers
 
 
-def _fitted(documents: Sequence[Pair], length_tokens: int, long: Long) -> list[Pair]:
-    """Make every document fit into a row."""
+def _fitted(documents: Sequence[Pair], length_tokens: int, long: Long) -> list[tuple[int, Pair]]:
+    """Make every document fit into a row; every piece comes with the number of its document."""
     if length_tokens < 2:
         raise ConfigError(f"length_tokens is {length_tokens}, expected 2 or more")
     if long not in get_args(Long):
         raise ConfigError(f"long is {long!r}, expected one of {', '.join(get_args(Long))}")
-    fitted: list[Pair] = []
+    fitted: list[tuple[int, Pair]] = []
     for number, (tokens, identity) in enumerate(documents):
         if len(tokens) == 0:
             raise DataError(f"document {number} has no tokens; drop it")
@@ -80,7 +95,7 @@ def _fitted(documents: Sequence[Pair], length_tokens: int, long: Long) -> list[P
             )
         stop = length_tokens if long == "cut" else len(tokens)
         starts = range(0, min(stop, len(tokens)), length_tokens)
-        fitted += [(tokens[start : start + length_tokens], identity) for start in starts]
+        fitted += [(number, (tokens[start : start + length_tokens], identity)) for start in starts]
     return fitted
 
 
@@ -123,6 +138,25 @@ def to_batch(rows: Sequence[Sequence[Pair]], length_tokens: int | None = None) -
     return {"input_ids": inputs, "labels": labels, "position_ids": positions, "sink_ids": owners}
 
 
+def spread(rows: Sequence[Row], flags: Sequence[Sequence[bool]]) -> Tensor:
+    """Give every token of a batch the flag of its document.
+
+    Args:
+        rows: B rows of documents, as `to_batch` takes them.
+        flags: one for each document, in the same layout.
+
+    Returns:
+        Shape (B, T), bool, T as `to_batch` makes it by default; False at padding.
+    """
+    lines = [
+        torch.tensor(line, dtype=torch.bool).repeat_interleave(
+            torch.tensor([len(tokens) for tokens, _ in row], dtype=torch.int64)
+        )
+        for row, line in zip(rows, flags, strict=True)
+    ]
+    return nn.utils.rnn.pad_sequence(lines, batch_first=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkCollator:
     """Data collator for `transformers.Trainer` and plain loops: features with a sink id become a batch.
@@ -162,7 +196,7 @@ class SinkCollator:
             return dict(to_batch([[document] for document in documents]))
         if not self.is_packed:
             fitted = _fitted(documents, self.length_tokens, self.long)
-            return dict(to_batch([[document] for document in fitted], self.length_tokens))
+            return dict(to_batch([[document] for _, document in fitted], self.length_tokens))
         batch: dict[str, Any] = dict(
             to_batch(pack(documents, self.length_tokens, long=self.long), self.length_tokens)
         )

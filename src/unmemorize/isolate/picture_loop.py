@@ -341,11 +341,6 @@ class _Training:
             self._add_gradient(batch, late)
             routed.keep_pool()
             self._add_gradient(batch, early)
-            for parameter in self._denoiser.parameters():
-                if parameter.requires_grad and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(
-                        parameter
-                    )  # the optimizer's moments go on, as in any step
             routed.put_pool(adds=True)
         else:
             self._add_gradient(batch, early)

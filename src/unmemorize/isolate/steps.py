@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unmemorize.errors import ConfigError
-from unmemorize.isolate.packing import IGNORED, Pair, attention_arguments, to_batch
+from unmemorize.isolate.packing import IGNORED, Row, attention_arguments, to_batch
 from unmemorize.isolate.settings import OptimizationSettings
 
-Row = Sequence[Pair]
 Batch = dict[str, Tensor]
 
 
@@ -79,7 +78,8 @@ def loss_sum(model: Callable[..., Any], batch: Batch, *, has_sinks: bool) -> Ten
 def micro_batches(batch: Batch, rank: int, num_processes: int, micro_rows: int | None) -> list[Batch]:
     """Cut out a process's share of a global batch; all processes get equally many micro-batches of equal size.
 
-    A process that would have a row less repeats one without labels, because DDP waits for as many passes everywhere.
+    A process that would have a row less repeats one without labels, because DDP waits for as many passes everywhere. No
+    rows are no micro-batches.
     """
     num_rows = len(batch["labels"])
     places = [(i * num_processes + rank) for i in range(math.ceil(num_rows / num_processes))]
@@ -89,7 +89,7 @@ def micro_batches(batch: Batch, rank: int, num_processes: int, micro_rows: int |
     size = micro_rows or len(places)
     return [
         {name: tensor[start : start + size] for name, tensor in mine.items()}
-        for start in range(0, len(places), size)
+        for start in range(0, len(places), max(size, 1))
     ]
 
 

@@ -32,7 +32,7 @@ from unmemorize.isolate.loop import (
     train_method,
 )
 from unmemorize.isolate.methods import Method, parse_method
-from unmemorize.isolate.packing import Pair, pack
+from unmemorize.isolate.packing import Pair, Row, pack
 from unmemorize.isolate.plan import SinkPlan
 from unmemorize.isolate.runs import (
     CONFIG_FILE,
@@ -47,7 +47,7 @@ from unmemorize.isolate.runs import (
     trained_runs,
 )
 from unmemorize.isolate.settings import PRESETS, ModelSettings, RecordSettings, TrainSettings
-from unmemorize.isolate.steps import Row, require_packing
+from unmemorize.isolate.steps import require_packing
 from unmemorize.models.base import quiet_transformers
 from unmemorize.models.language import load
 from unmemorize.records import Progress, ProgressCallback
