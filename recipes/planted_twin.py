@@ -6,7 +6,8 @@
     python recipes/planted_twin_table.py table RUN
 
 The run's `standard` models have seen some texts many times, its `dedup` models the same texts once; `sinks` models as
-often as `standard`, with sinks that are closed here: isolation by design beside localization after the fact. Half of
+often as `standard`, with sinks that are closed here: isolation by design beside localization after the fact; with
+`shared_cap` only the first sighting of a text teaches more than its sinks. Half of
 the repeated texts are targets, the other half neighbours; held-out ones are repeated texts of another origin. Edits
 see targets and texts that were trained on once, never what is measured. The budget is watched on one half of the
 ordinary texts, and what it cost is reported on the other. `edit` adds a line to RUN/edits.jsonl for each edit, and
@@ -20,6 +21,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -255,18 +257,18 @@ def run_edits(run: Path, seeds: list[int], only: set[str]) -> None:
     out, material = run / "edits.jsonl", read_material(run)
     lines = read_json_lines(out) if out.is_file() else []
     done = {(line["seed"], line["edit"], line["strength"]) for line in lines}
+    methods = [name for name in read_run(run).settings.methods if name != "standard"]
     for seed in seeds:
-        for name in ("standard", "dedup"):
+        for name in ("standard", *methods):
             folder = model_folder(run, name, seed)
-            if (seed, name, 0.0) not in done and (folder / "training.json").is_file():
-                row = measure(load(folder, run_check=False), material)
-                append_json_line(out, {"seed": seed, "edit": name, "strength": 0.0, **row})
-        folder = model_folder(run, "sinks", seed)
-        if (seed, CLOSED, 0.0) not in done and (folder / "training.json").is_file():
-            sunk = load(folder, run_check=False)
-            with sink_state(sunk, load_plan(folder / "sinks.json"), "off"):
-                row = measure(sunk, material)
-            append_json_line(out, {"seed": seed, "edit": CLOSED, "strength": 0.0, **row})
+            has_pool = (folder / "sinks.json").is_file()
+            label = f"{name}{CLOSED}" if has_pool else name
+            if (seed, label, 0.0) not in done and (folder / "training.json").is_file():
+                trained = load(folder, run_check=False)
+                plan = load_plan(folder / "sinks.json") if has_pool else None
+                with nullcontext() if plan is None else sink_state(trained, plan, "off"):
+                    row = measure(trained, material)
+                append_json_line(out, {"seed": seed, "edit": label, "strength": 0.0, **row})
         model = load(model_folder(run, "standard", seed), run_check=False)
         for name, strength, make in edits(model, material):
             if (seed, name, strength) in done or (only and name not in only):

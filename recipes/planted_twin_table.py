@@ -21,9 +21,13 @@ from unmemorize.files import read_json_lines
 from unmemorize.report import plots
 
 BUDGETS = (0.02, 0.10)
-CLOSED = "sinks, closed"
+CLOSED = ", closed"  # ends the rows of models with sinks
 WORDS = "Drop of target extraction over rise of perplexity, means over seeds"
-TRAINED = ("standard", "dedup", CLOSED)  # rows that are no edits
+
+
+def is_trained(name: str) -> bool:
+    """Tell rows of trained models from edits of the standard one."""
+    return name in ("standard", "dedup") or name.endswith(CLOSED)
 
 
 def rise(line: dict[str, Any], before: dict[str, Any], half: str) -> float:
@@ -38,7 +42,7 @@ def within(
     chosen = []
     for seed, start in before.items():
         mine = [line for line in lines if (line["seed"], line["edit"]) == (seed, name)]
-        if name not in TRAINED:
+        if not is_trained(name):
             fitting = [line for line in mine if rise(line, start, "watched") <= budget]
             mine = fitting or [start] * bool(mine)
         if mine:
@@ -122,8 +126,8 @@ def plot(run: Path) -> str:
         if not points:
             continue
         color = f"hsl({row * 137.5 % 360:.0f} 65% 40%)"
-        drawn = [plots.mark("diamond" if name in TRAINED else "circle", x, y, 3.5, "") for x, y in points]
-        if name not in TRAINED:
+        drawn = [plots.mark("diamond" if is_trained(name) else "circle", x, y, 3.5, "") for x, y in points]
+        if not is_trained(name):
             drawn.append(plots.polyline([(across(0), up(0)), *points], "line"))
         y = frame.top + 14 + 20 * row
         drawn.append(plots.mark("circle", frame.right + 18, y - 4, 4, ""))
