@@ -66,6 +66,7 @@ class Variant:
 
 
 _GROWN = SinkSettings(share_frac=1.0, grown=256, active_frac=None, sinks_per_id=32)
+_WIDE = SinkSettings(share_frac=1.0, grown=1024, active_frac=None, sinks_per_id=128)
 _HEADS = SinkSettings(share_frac=1.0, grown=96, active_frac=None, sinks_per_id=16)
 VARIANTS = {
     "grown": Variant(("hidden",), _GROWN),
@@ -81,6 +82,8 @@ VARIANTS = {
     "mid": Variant(("hidden",), _GROWN, blocks=("mid",)),
     "capped-1": Variant(("hidden",), _GROWN, shared_cap=1),
     "capped-50": Variant(("hidden",), _GROWN, shared_cap=50),
+    "capped-1-wide": Variant(("hidden",), _WIDE, shared_cap=1),
+    "capped-50-wide": Variant(("hidden",), _WIDE, shared_cap=50),
 }
 STATES: tuple[SinkState, ...] = ("own", "off", "foreign")
 PROMPTED = "own, closed without a prompt"  # in the half of a guided batch that has none

@@ -12,8 +12,8 @@ from unmemorize.verbs.answers import Answer, bar_line, check_answer, integers, t
 if TYPE_CHECKING:
     from unmemorize.records import Audit, ProgressCallback
 
-_DEMO_SHARE = 0.05  # of each layer's neurons, in the demonstration
-_DEMO_ORDINARY = 40  # texts
+_DEMO_SHARE = 0.1  # of all neurons, in the demonstration
+_DEMO_ORDINARY = 40  # texts that are asked for, as targets are; all the others too are read
 
 
 def check(model: str, row: str | None) -> Answer:
@@ -130,22 +130,29 @@ def _localized(progress: ProgressCallback, run: Path) -> list[str]:
 
     out, model = run / "localized", str(run / "models" / "standard-seed0")
     if not (out / "audit.json").is_file():
-        examples = _apart(run)
+        examples, ordinary = _apart(run)
         # What a text holds beyond the training's rows was never seen, and would pass for forgotten.
         cut = texts.Cut(length=read_run(run).settings.model.length_tokens)
-        options = language_localize.NeuronOptions(share=_DEMO_SHARE, cut=cut)
+        methods = "gradient" if ordinary is None else "contrast gradient"
+        options = language_localize.NeuronOptions(
+            methods=methods, share=_DEMO_SHARE, select="global", cut=cut
+        )
         try:
-            language_localize.localize(progress, model, examples, out, None, options, "cpu")
+            language_localize.localize(progress, model, examples, out, ordinary, options, "cpu")
         except DataError as error:
             return [f"nothing to localize: {error}"]
-        twin = language_audit.NeuronAuditOptions(twin=run / "models" / "dedup-seed0")
+        twin = language_audit.NeuronAuditOptions(twin=run / "models" / "dedup-seed0", ordinary=ordinary)
         language_audit.audit(progress, model, examples, out, None, twin, "cpu")
     verdict = json.loads((out / "audit.json").read_text(encoding="utf-8"))["verdict"]
     return [f"without sinks, after the fact: {verdict}", str(write_report([out]))]
 
 
-def _apart(run: Path) -> Path:
-    """Write a run's examples with few ordinary texts that share no passage with a target; returns the file."""
+def _apart(run: Path) -> tuple[Path, Path | None]:
+    """Write a run's examples, with few of its ordinary texts, and the other ones; none shares a passage with a target.
+
+    Returns:
+        The file of examples, and that of the other ordinary texts; None if there are none.
+    """
     from unmemorize.corpus.passages import shared_passages
     from unmemorize.files import read_json_lines, write_atomic
 
@@ -154,6 +161,10 @@ def _apart(run: Path) -> Path:
     targets = [row["text"] for row in rows if row["group"] == "target"]
     shared = {number for number, *_ in shared_passages(targets, [row["text"] for row in ordinary])}
     kept = [row for row in rows if row["group"] != "ordinary"]
-    kept += [row for number, row in enumerate(ordinary) if number not in shared][:_DEMO_ORDINARY]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
-    return write_atomic(run / "apart.jsonl", "".join(lines))
+    apart = [row for number, row in enumerate(ordinary) if number not in shared]
+    files = []
+    for name, some in (("apart", kept + apart[:_DEMO_ORDINARY]), ("ordinary", apart[_DEMO_ORDINARY:])):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in some]
+        files.append(write_atomic(run / f"{name}.jsonl", "".join(lines)) if some else None)
+    assert files[0] is not None
+    return files[0], files[1]
