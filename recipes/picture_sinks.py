@@ -63,6 +63,7 @@ class Variant:
     empty: Literal["own", "off"] = "own"
     blocks: tuple[str, ...] | None = None
     shared_cap: int | None = None
+    sink_rate: float = 1.0
 
 
 _GROWN = SinkSettings(share_frac=1.0, grown=256, active_frac=None, sinks_per_id=32)
@@ -82,8 +83,9 @@ VARIANTS = {
     "mid": Variant(("hidden",), _GROWN, blocks=("mid",)),
     "capped-1": Variant(("hidden",), _GROWN, shared_cap=1),
     "capped-50": Variant(("hidden",), _GROWN, shared_cap=50),
-    "capped-1-wide": Variant(("hidden",), _WIDE, shared_cap=1),
-    "capped-50-wide": Variant(("hidden",), _WIDE, shared_cap=50),
+    "capped-1-wide": Variant(("hidden",), _WIDE, shared_cap=1, sink_rate=5.0),
+    "capped-50-wide": Variant(("hidden",), _WIDE, shared_cap=50, sink_rate=5.0),
+    "capped-1-both": Variant(("hidden", "values"), _HEADS, shared_cap=1, sink_rate=5.0),
 }
 STATES: tuple[SinkState, ...] = ("own", "off", "foreign")
 PROMPTED = "own, closed without a prompt"  # in the half of a guided batch that has none
@@ -114,7 +116,12 @@ def settings_for(
         blocks=chosen.blocks,
         empty_caption_sinks=chosen.empty,
         optimization=OptimizationSettings(batch_rows=8, learning_rate=1e-3, weight_decay=0.01),
-        method=MethodSettings(sinks=chosen.sinks, compute="masked", shared_cap=chosen.shared_cap),
+        method=MethodSettings(
+            sinks=chosen.sinks,
+            compute="masked",
+            shared_cap=chosen.shared_cap,
+            sink_learning_rate_scale=chosen.sink_rate,
+        ),
         methods=tuple(methods),
         records=RecordSettings(evaluate_every_steps=250),
         device="cpu",

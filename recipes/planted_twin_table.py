@@ -1,7 +1,7 @@
 """What remains of planted texts within a budget of perplexity: table and picture of what `planted_twin.py` measured.
 
     python recipes/planted_twin_table.py table RUN
-    python recipes/planted_twin_table.py plot RUN > curves.svg
+    python recipes/planted_twin_table.py plot RUN [--only "random;gradient;contrast"] > curves.svg
 
 An edit's row is, for each seed, the strongest removal whose perplexity on the watched half of the ordinary texts rises
 by at most the budget; the rise shown is that of the other half.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,11 @@ def curve(
     return points
 
 
-def plot(run: Path) -> str:
+def plot(run: Path, only: Collection[str] = ()) -> str:
     """Draw the drop of extraction over the rise of perplexity: a line for each edit, a mark for each trained model.
 
-    Only strengths that every seed has are drawn. Beyond 30 % of perplexity nothing is.
+    Only strengths that every seed has are drawn, and of edits only those named, if any are. Beyond 30 % of perplexity
+    nothing is.
     """
     lines = read_json_lines(run / "edits.jsonl")
     before = {line["seed"]: line for line in lines if line["edit"] == "standard"}
@@ -120,12 +122,13 @@ def plot(run: Path) -> str:
     up = plots.Scale(-0.05, 1.05, frame.bottom, frame.top)
     parts = [plots.vertical_grid(across, frame, 12, 6), plots.horizontal_grid(up, frame, 12, 6, gap=6)]
     names = [name for name in dict.fromkeys(line["edit"] for line in lines) if name != "standard"]
+    names = [name for name in names if not only or is_trained(name) or name in only]
     row = 0
     for name in names:
         points = [(across(100 * x), up(y)) for x, y in curve(lines, before, name) if -0.25 <= x <= 0.3]
         if not points:
             continue
-        color = f"hsl({row * 137.5 % 360:.0f} 65% 40%)"
+        color = f"hsl({360 * row / len(names):.0f} 70% {(32, 48)[row % 2]}%)"
         drawn = [plots.mark("diamond" if is_trained(name) else "circle", x, y, 3.5, "") for x, y in points]
         if not is_trained(name):
             drawn.append(plots.polyline([(across(0), up(0)), *points], "line"))
@@ -138,7 +141,8 @@ def plot(run: Path) -> str:
     parts.append(plots.tag("text", "drop of targets recited", x=-240, y=14, transform="rotate(-90)"))
     style = plots.tag(
         "style",
-        "text{font:12px sans-serif;stroke:none}.line{fill:none}.grid{stroke:#ddd}.end{text-anchor:end}",
+        "text{font:12px sans-serif;stroke:none}.line{fill:none}.grid{stroke:#ddd}"
+        ".end{text-anchor:end}.middle{text-anchor:middle}",
     )
     svg = plots.picture(
         650, 380, plots.join([style, *parts]), ident="curves", title="Removal at a price", description=WORDS
@@ -151,9 +155,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("table", "plot"))
     parser.add_argument("run", type=Path)
+    parser.add_argument("--only", default="", help="edits to draw, separated by semicolons")
     arguments = parser.parse_args()
     if arguments.command == "plot":
-        print(plot(arguments.run))
+        print(plot(arguments.run, [name.strip() for name in arguments.only.split(";") if name.strip()]))
     else:
         table(arguments.run)
 
