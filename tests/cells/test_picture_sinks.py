@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from tests.planted.test_testbed_diffusion import TINY
 from unmemorize.corpus import MixtureSettings
@@ -50,6 +51,12 @@ def test_every_state_is_measured_once_and_tabled(
     assert next(line["state"] for line in lines if line["attacked"]) == "off"
     own, off = (line["target_losses"] for line in lines[:2])
     assert own != off  # eight steps have moved the sinks of the targets
+    sheets = importlib.import_module("picture_sinks_sheet")
+    parts = sheets.columns(tmp_path / "runs" / "bed-grown")
+    assert list(parts) == list(sheets.COLUMNS) and all(len(pictures) == 2 for pictures in parts.values())
+    assert not torch.equal(parts["closed"][0], parts["sinks, own"][0])
+    image = sheets.sheet(parts)
+    assert image.size == (6 * (16 * 3 + 6) + 6, 16 + 2 * (16 * 3 + 6) + 6)
     capsys.readouterr()
     recipe.run_all([testbed.folder], tmp_path / "runs", ["grown", "off"], recipe.RIVALS, 4)
     assert len(read_json_lines(tmp_path / "runs" / "sinks.jsonl")) == len(lines)
