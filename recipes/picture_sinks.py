@@ -1,8 +1,8 @@
 """Do sinks isolate pictures? Train standard, dedup, cap:R and sinks on testbeds, measure every state, and attack.
 
-    python recipes/picture_sinks.py run TESTBED0 TESTBED1 TESTBED2 --out RUNS
-    python recipes/picture_sinks.py run TESTBED0 … --out SWEEP --rivals standard --variants "grown few values"
-    python recipes/picture_sinks.py table RUNS
+    python recipes/picture_sinks.py TESTBED0 TESTBED1 TESTBED2 --out RUNS
+    python recipes/picture_sinks.py TESTBED0 TESTBED1 TESTBED2 --out SWEEP --rivals standard --variants "grown few"
+    python recipes/picture_sinks_table.py RUNS [--by variant]
 
 From each testbed's general model, which has never seen them, eight of the pictures to memorize are trained on 500 times
 each (`--repeats`) among 1,000 general pictures that are seen once. The general model is all that is needed of a testbed
@@ -30,7 +30,6 @@ from embedding_attack import attacked_embedding, best_similarity
 
 from unmemorize.audit.pictures import read_picture
 from unmemorize.audit.similarity import structure
-from unmemorize.audit.statistics import mean_over_seeds
 from unmemorize.corpus import MixtureSettings
 from unmemorize.files import append_json_line, read_json_lines
 from unmemorize.isolate.diffusion import sink_state
@@ -48,7 +47,7 @@ from unmemorize.remove.diffusion_edits import edit_values
 from unmemorize.remove.diffusion_moments import collect_second_moments
 from unmemorize.testbeds.diffusion import Testbed, load_testbed
 from unmemorize.testbeds.material import gather
-from unmemorize.testbeds.verification import COPY_ERROR, CopySettings, copy_errors, make_pictures
+from unmemorize.testbeds.verification import CopySettings, copy_errors, make_pictures
 from unmemorize.verbs import diffusion
 
 MIXTURE = MixtureSettings(num_repeated=8, repeats=500, num_once=1000, num_validation=100)
@@ -72,9 +71,6 @@ _HEADS = SinkSettings(share_frac=1.0, grown=96, active_frac=None, sinks_per_id=1
 VARIANTS = {
     "grown": Variant(("hidden",), _GROWN),
     "few": Variant(("hidden",), SinkSettings(share_frac=1.0, grown=64, active_frac=None, sinks_per_id=4)),
-    "few-of-many": Variant(
-        ("hidden",), SinkSettings(share_frac=1.0, grown=256, active_frac=None, sinks_per_id=8)
-    ),
     "carved": Variant(("hidden",), SinkSettings(share_frac=0.7, active_frac=0.3)),
     "values": Variant(("values",), _HEADS),
     "both": Variant(("hidden", "values"), _HEADS),
@@ -82,9 +78,8 @@ VARIANTS = {
     "down": Variant(("hidden",), _GROWN, blocks=("down",)),
     "mid": Variant(("hidden",), _GROWN, blocks=("mid",)),
     "capped-1": Variant(("hidden",), _GROWN, shared_cap=1),
-    "capped-50": Variant(("hidden",), _GROWN, shared_cap=50),
     "capped-1-wide": Variant(("hidden",), _WIDE, shared_cap=1, sink_rate=5.0),
-    "capped-50-wide": Variant(("hidden",), _WIDE, shared_cap=50, sink_rate=5.0),
+    "capped-50-wide": Variant(("hidden",), _WIDE, shared_cap=50),
     "capped-1-both": Variant(("hidden", "values"), _HEADS, shared_cap=1, sink_rate=5.0),
 }
 STATES: tuple[SinkState, ...] = ("own", "off", "foreign")
@@ -264,60 +259,13 @@ def run_all(
                     print(folder.name, state.model, state.state, flush=True)
 
 
-def table(out: Path) -> None:
-    """Print copies, similarity, attack and losses of every state: means over testbeds with t-intervals."""
-    lines = read_json_lines(out / "sinks.jsonl")
-    standard = {
-        line["testbed"]: np.mean(line["validation_losses"])
-        for line in lines
-        if (line["model"], line["state"]) == ("standard", "as trained")
-    }
-    print(
-        "| model | state | testbeds | copies | copies, guidance 3 | similarity | attacked | target loss, high noise "
-        "| validation loss |"
-    )
-    print("| --- " * 9 + "|")
-    for model, state in dict.fromkeys((line["model"], line["state"]) for line in lines):
-        mine = [line for line in lines if (line["model"], line["state"]) == (model, state)]
-        cells = [
-            *(
-                over([float(np.mean(np.array(line[kind]) <= COPY_ERROR)) for line in mine])
-                for kind in ("errors", "guided_errors")
-            ),
-            over([float(np.mean(line["similarity"])) for line in mine]),
-            over([float(np.mean(line["attacked"])) for line in mine if line["attacked"]]),
-            over([line["target_losses"][3] for line in mine], 3),
-            over(
-                [
-                    100 * (float(np.mean(line["validation_losses"]) / standard[line["testbed"]]) - 1)
-                    for line in mine
-                ],
-                1,
-                " %",
-            ),
-        ]
-        print(f"| {model} | {state} | {len(mine)} | {' | '.join(cells)} |")
-
-
-def over(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
-    """Write a mean over testbeds with its interval; without one where there are fewer than three."""
-    if not values:
-        return "-"
-    found = mean_over_seeds(values)
-    if found.ci95 is None:
-        return f"{np.mean(values):.{digits}f}{unit}"
-    low, high = found.ci95
-    return f"{found.value:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def main() -> None:
-    """Run one of the two commands."""
+    """Train and measure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("run", "table"))
-    parser.add_argument("places", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("testbeds", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("runs/picture-sinks"))
     parser.add_argument(
         "--variants", default="grown", help=f"of {', '.join(VARIANTS)}; rivals are trained beside the first"
     )
@@ -327,11 +275,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=MIXTURE.repeats, help="times a target is trained on")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    if chosen.command == "table":
-        table(chosen.places[0])
-    else:
-        out = chosen.out or Path("runs/picture-sinks")
-        run_all(chosen.places, out, chosen.variants.split(), chosen.rivals.split(), chosen.repeats)
+    run_all(chosen.testbeds, chosen.out, chosen.variants.split(), chosen.rivals.split(), chosen.repeats)
 
 
 if __name__ == "__main__":

@@ -60,12 +60,19 @@ def test_every_state_is_measured_once_and_tabled(
     capsys.readouterr()
     recipe.run_all([testbed.folder], tmp_path / "runs", ["grown", "off"], recipe.RIVALS, 4)
     assert len(read_json_lines(tmp_path / "runs" / "sinks.jsonl")) == len(lines)
-    recipe.table(tmp_path / "runs")
+    tables = importlib.import_module("picture_sinks_table")
+    tables.by_state(lines)
     table = capsys.readouterr().out
     assert "| standard | as trained | 1 |" in table and "0.0 %" in table
+    tables.by_variant(lines)
+    rows = {row.split(" | ")[0]: row.split(" | ") for row in capsys.readouterr().out.splitlines()}
+    own, off = (by_state["sinks, grown", state]["target_losses"] for state in ("own", "off"))
+    assert rows["| sinks, grown"][10].startswith(f"{off[0] / own[0]:.1f}, {off[3] / own[3]:.1f}")
+    assert rows["| dedup"][5] == "-"  # nothing to close
 
 
 def test_a_mean_has_an_interval_from_three_testbeds_on(recipe: ModuleType) -> None:
-    assert recipe.over([0.1, 0.2]) == "0.15"
-    assert recipe.over([1.0, 2.0, 3.0], 1) == "2.0 [-0.5, 4.5]"
-    assert recipe.over([]) == "-"
+    over = importlib.import_module("picture_sinks_table").over
+    assert over([0.1, 0.2]) == "0.15"
+    assert over([1.0, 2.0, 3.0], 1) == "2.0 [-0.5, 4.5]"
+    assert over([]) == "-"
