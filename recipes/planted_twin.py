@@ -60,7 +60,15 @@ from unmemorize.tokenizer import encode_documents, load_tokenizer
 PREFIX_TOKENS, SUFFIX_TOKENS = 32, 32
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
 NUM_RETAIN = 256
-LOCALIZERS = ("activations", "gradient", "contrast", "slimming", "hard-concrete")
+LOCALIZERS = (
+    "activations",
+    "outliers",
+    "gradient",
+    "contrast",
+    "integrated-gradients-together",
+    "slimming",
+    "hard-concrete",
+)
 EVERYWHERE = ("gradient", "contrast")  # also ranked over all layers together
 BREAKS = (0.8, 0.5)  # likelihood of the targets that the search may leave, 0..1
 
