@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -135,12 +134,8 @@ class PictureJob:
     @property
     def is_late(self) -> list[bool]:
         """Which places of the order teach sinks alone: sightings of an id that has sinks, beyond the shared cap."""
-        cap, seen, late = self.method.settings.shared_cap, Counter[int](), []
-        for row in self.order:
-            id = self.sink_ids[row]
-            seen[id] += 1
-            late.append(self.plan is not None and cap is not None and id > 0 and seen[id] > cap)
-        return late
+        late = self.method.late([[((), self.sink_ids[row])] for row in self.order])
+        return [flag for (flag,) in late]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
