@@ -9,21 +9,20 @@ Source: Hintersdorf et al. 2024, released code (mean absolute value over all pos
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unmemorize.errors import ConfigError, DataError, NeuronSetMismatch
+from unmemorize.errors import ConfigError
 from unmemorize.gates import capture
-from unmemorize.localize.scores import NeuronStatistics, chained_digest, load_statistics, mean_absolute
+from unmemorize.localize.scores import NeuronStatistics, mean_absolute, streamed
 from unmemorize.models.denoising import Pipeline, denoiser_of, record
 from unmemorize.models.diffusion import DenoiserRow, find_sites, fingerprint, row_for, text_values
 from unmemorize.neurons import Site
-from unmemorize.records import Progress, ProgressCallback
+from unmemorize.records import ProgressCallback
 
 Positions = Literal["all", "start", "words", "end", "padding", "tail"]
 
@@ -147,34 +146,18 @@ def collect_statistics(
         NeuronSetMismatch: if the file was made for another model.
     """
     sites = tuple(sites or find_sites(pipe, row=row))
-    model_id = fingerprint(pipe, row)
-    total = NeuronStatistics.empty(model_id, sites, positions)
-    remaining = iter(captions)
-    if path is not None and Path(path).exists():
-        total = load_statistics(path)
-        if (total.model_id, total.sites, total.positions) != (model_id, sites, positions):
-            raise NeuronSetMismatch(
-                f"{path} was made for {total.model_id}, this model is {model_id}; choose a new file"
-            )
-        _skip(remaining, total, path)
-    while batch := list(islice(remaining, batch_size)):
+
+    def measure(batch: Sequence[str]) -> list[Tensor]:
         found = activations_of(pipe, batch, sites, positions, row=row)
-        columns = [torch.stack([one[i] for one in found]) for i in range(len(sites))]
-        total = total.updated(columns, batch)
-        if path is not None:
-            total.save(path)
-        if progress is not None:
-            progress(Progress("statistics", total.count, 0, "captions"))
-    if total.count < 2:
-        raise DataError(
-            f"{total.count} captions give no standard deviation; pass at least two, better thousands"
-        )
-    return total
+        return [torch.stack([one[i] for one in found]) for i in range(len(sites))]
 
-
-def _skip(captions: Iterator[str], total: NeuronStatistics, path: str | Path) -> None:
-    """Read over the captions that a file already holds, and check that they are the same."""
-    if total.digest != chained_digest("", islice(captions, total.count)):
-        raise DataError(
-            f"{path} was made from other captions; choose a new file, or pass the same captions again"
-        )
+    return streamed(
+        NeuronStatistics.empty(fingerprint(pipe, row), sites, positions),
+        captions,
+        measure,
+        name=str,
+        unit="captions",
+        batch_size=batch_size,
+        path=path,
+        progress=progress,
+    )

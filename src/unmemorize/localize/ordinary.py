@@ -9,21 +9,20 @@ Streamed, resumable and tied to the model (`scores.NeuronStatistics`); texts are
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from unmemorize.corpus.memorized import MemorizedExample
-from unmemorize.errors import DataError, NeuronSetMismatch
+from unmemorize.errors import DataError
 from unmemorize.localize.gradients import gate_derivatives
 from unmemorize.localize.outliers import mean_activations
-from unmemorize.localize.scores import NeuronStatistics, Quantity, chained_digest, load_statistics
+from unmemorize.localize.scores import NeuronStatistics, Quantity, streamed
 from unmemorize.localize.suffix import device_of, frozen, make_batch
 from unmemorize.models.language import MlpRow, find_mlps, fingerprint
 from unmemorize.neurons import Site
-from unmemorize.records import Progress, ProgressCallback
+from unmemorize.records import ProgressCallback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,32 +54,17 @@ def collect_statistics(
         NeuronSetMismatch: if the file was made for another model or quantity.
     """
     sites = tuple(mlp.site for mlp in find_mlps(model, row))
-    model_id = fingerprint(model, row)
-    total = NeuronStatistics.empty(model_id, sites, quantity=quantity)
-    remaining = iter(texts)
-    if path is not None and Path(path).exists():
-        total = load_statistics(path)
-        if (total.model_id, total.sites, total.quantity) != (model_id, sites, quantity):
-            raise NeuronSetMismatch(
-                f"{path} was made for {total.quantity} of {total.model_id}, expected {quantity} of {model_id}; "
-                "choose a new file"
-            )
-        if total.digest != chained_digest("", map(_name, islice(remaining, total.count))):
-            raise DataError(
-                f"{path} was made from other texts; choose a new file, or pass the same texts again"
-            )
     measure = _derivatives if quantity == "derivative" else mean_activations
-    while batch := list(islice(remaining, batch_size)):
-        total = total.updated(measure(model, sites, batch), [_name(text) for text in batch])
-        if path is not None:
-            total.save(path)
-        if progress is not None:
-            progress(Progress("statistics", total.count, 0, "texts"))
-    if total.count < 2:
-        raise DataError(
-            f"{total.count} texts give no standard deviation; pass at least two, better thousands"
-        )
-    return total
+    return streamed(
+        NeuronStatistics.empty(fingerprint(model, row), sites, quantity=quantity),
+        texts,
+        lambda batch: measure(model, sites, batch),
+        name=lambda text: " ".join(str(int(token)) for token in text),
+        unit="texts",
+        batch_size=batch_size,
+        path=path,
+        progress=progress,
+    )
 
 
 def passes(statistics: NeuronStatistics) -> float:
@@ -99,7 +83,3 @@ def _derivatives(
     examples = [MemorizedExample(prefix=tuple(text[:1]), suffix=tuple(text[1:])) for text in texts]
     with frozen(model):
         return gate_derivatives(model, sites, make_batch(examples, device_of(model)))
-
-
-def _name(text: Sequence[int]) -> str:
-    return " ".join(str(int(token)) for token in text)

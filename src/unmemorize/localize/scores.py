@@ -11,20 +11,30 @@ Source: Hintersdorf et al. 2024 (Finding NeMo), sections 3.1 and 3.2, and its re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from unmemorize.errors import ConfigError, FileFormatError, ShapeMismatch, missing_extra
+from unmemorize.errors import (
+    ConfigError,
+    DataError,
+    FileFormatError,
+    NeuronSetMismatch,
+    ShapeMismatch,
+    missing_extra,
+)
 from unmemorize.neurons import Site
+from unmemorize.records import Progress, ProgressCallback
 from unmemorize.tensor_files import read_tensors, write_tensors
 
 Ranges = Literal["call", "pair"]
 Quantity = Literal["activation", "derivative"]
+Example = TypeVar("Example")
 
 STATISTICS_FORMAT = "unmemorize.activations"
 STATISTICS_VERSION = 1
@@ -109,8 +119,7 @@ class NeuronStatistics:
         Raises:
             ConfigError: if they are of different models, sites, positions or quantities.
         """
-        ours, theirs = ((one.model_id, one.sites, one.positions, one.quantity) for one in (self, other))
-        if ours != theirs:
+        if _what(self) != _what(other):
             raise ConfigError(
                 "statistics of different models, sites, positions or quantities cannot be merged"
             )
@@ -173,6 +182,62 @@ def load_statistics(path: str | Path) -> NeuronStatistics:
         raise FileFormatError(
             f"cannot read neuron statistics from {path} ({error}); collect them again"
         ) from error
+
+
+def _what(statistics: NeuronStatistics) -> tuple[object, ...]:
+    return statistics.model_id, statistics.sites, statistics.positions, statistics.quantity
+
+
+def streamed(
+    empty: NeuronStatistics,
+    examples: Iterable[Example],
+    measure: Callable[[Sequence[Example]], Sequence[Tensor]],
+    *,
+    name: Callable[[Example], str],
+    unit: str,
+    batch_size: int,
+    path: str | Path | None,
+    progress: ProgressCallback | None,
+) -> NeuronStatistics:
+    """Accumulate statistics over examples batch by batch, and continue those of a file.
+
+    Args:
+        empty: statistics of no examples: model, sites, positions and quantity that are wanted.
+        examples: read once, never held together.
+        measure: (examples of a batch) -> their quantity, shape (N, F) per site.
+        name: what an example is recognized by.
+        unit: what examples are called, in messages.
+        batch_size: examples per call of `measure`.
+        path: file that is written after every batch and continued from if it exists.
+        progress: called after each batch.
+
+    Raises:
+        DataError: if there are fewer than two examples, or the file was made from others.
+        NeuronSetMismatch: if the file was made for another model or quantity.
+    """
+    total, remaining = empty, iter(examples)
+    if path is not None and Path(path).exists():
+        total = load_statistics(path)
+        if _what(total) != _what(empty):
+            theirs, ours = (
+                f"{one.quantity} of {one.model_id} at positions {one.positions}" for one in (total, empty)
+            )
+            raise NeuronSetMismatch(f"{path} was made for {theirs}, expected {ours}; choose a new file")
+        if total.digest != chained_digest("", map(name, islice(remaining, total.count))):
+            raise DataError(
+                f"{path} was made from other {unit}; choose a new file, or pass the same {unit} again"
+            )
+    while batch := list(islice(remaining, batch_size)):
+        total = total.updated(measure(batch), [name(example) for example in batch])
+        if path is not None:
+            total.save(path)
+        if progress is not None:
+            progress(Progress("statistics", total.count, 0, unit))
+    if total.count < 2:
+        raise DataError(
+            f"{total.count} {unit} give no standard deviation; pass at least two, better thousands"
+        )
+    return total
 
 
 def import_statistics(path: str | Path, sites: Sequence[Site], *, count: int = 50_000) -> NeuronStatistics:
