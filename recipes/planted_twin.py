@@ -3,6 +3,7 @@
     python recipes/planted_twin.py corpus corpus.jsonl stories=stories.jsonl.gz textbooks=textbooks.jsonl.gz
     unmemorize train --config recipes/planted_twin.json --out RUN
     python recipes/planted_twin.py edit RUN [--seeds 0,1] [--only "svd;npo"]
+    python recipes/planted_twin.py states RUN
     python recipes/planted_twin_table.py table RUN
 
 The run's `standard` models have seen some texts many times, its `dedup` models the same texts once; `sinks` models as
@@ -35,8 +36,10 @@ from unmemorize.corpus import mix, read_corpus
 from unmemorize.corpus.memorized import cut_examples
 from unmemorize.files import append_json_line, read_json_lines
 from unmemorize.isolate.language import sink_state
+from unmemorize.isolate.methods import parse_method
 from unmemorize.isolate.plan import load_plan
 from unmemorize.isolate.runs import model_folder, read_run
+from unmemorize.isolate.states import State
 from unmemorize.localize.language import localize
 from unmemorize.localize.methods import COMPARED
 from unmemorize.localize.neuron_scores import NeuronScores, ScoringCost
@@ -60,6 +63,7 @@ from unmemorize.tokenizer import encode_documents, load_tokenizer
 PREFIX_TOKENS, SUFFIX_TOKENS = 32, 32
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
 NUM_RETAIN = 256
+STATES: tuple[State, ...] = ("own", "foreign")
 LOCALIZERS = (
     "activations",
     "outliers",
@@ -289,6 +293,30 @@ def run_edits(run: Path, seeds: list[int], only: set[str]) -> None:
             print(f"{seed} {name} {strength}: {brief(line)}, {made.cost.seconds:.1f} s", flush=True)
 
 
+def print_states(run: Path, seeds: list[int]) -> None:
+    """Print how many targets models with sinks recite with their own sinks open, and with another target's."""
+    material = read_material(run)
+    rows = [row for row in read_json_lines(run / "examples.jsonl") if row["group"] == "target"]
+    targets = material.groups["target"]
+    ids = torch.tensor([row["id"] for row in rows[: len(targets)]])
+    for name in read_run(run).settings.methods:
+        for seed in seeds if parse_method(name).has_pool else ():
+            folder = model_folder(run, name, seed)
+            model, plan = load(folder, run_check=False), load_plan(folder / "sinks.json")
+            for state in STATES:
+                recited, nats = 0, []
+                for number, text in enumerate(targets):
+                    others = ids if state == "foreign" else None
+                    with sink_state(model, plan, state, ids=ids[number : number + 1], candidates=others):
+                        test = extract(model, [text], PREFIX_TOKENS, SUFFIX_TOKENS)
+                        recited += int(test.scores.is_exact.sum())
+                        nats.append(float(document_losses(model, [text]).mean_nats()[0]))
+                print(
+                    f"{name}, seed {seed}, {state}: {recited} of {len(targets)}, {sum(nats) / len(nats):.2f} nats",
+                    flush=True,
+                )
+
+
 def brief(line: dict[str, Any]) -> str:
     """Write a line's extraction counts and ordinary loss."""
     counts = [f"{group} {sum(line[f'{group}_exact'])}" for group in ("target", "neighbour", "heldout")]
@@ -296,9 +324,9 @@ def brief(line: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run one of the two commands."""
+    """Run one of the three commands."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=("corpus", "edit"))
+    parser.add_argument("command", choices=("corpus", "edit", "states"))
     parser.add_argument("place", type=Path)
     parser.add_argument("parts", nargs="*")
     parser.add_argument("--seeds", default="0,1,2")
@@ -307,6 +335,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.command == "corpus":
         write_corpus(arguments.place, arguments.parts)
+    elif arguments.command == "states":
+        print_states(arguments.place, [int(seed) for seed in arguments.seeds.split(",")])
     else:
         only = {name.strip() for name in arguments.only.split(";") if name.strip()}
         run_edits(arguments.place, [int(seed) for seed in arguments.seeds.split(",")], only)
