@@ -11,7 +11,9 @@ import pytest
 from tests.cells.planted_texts import sentences, write_planted, write_rows
 from tests.cells.test_verbs import ask, refusal
 from unmemorize.cli import main
+from unmemorize.localize.methods import COMPARED
 from unmemorize.localize.neuron_scores import load_scores
+from unmemorize.localize.scores import load_statistics
 from unmemorize.models.language import fingerprint, load
 from unmemorize.neurons import load_neurons
 from unmemorize.records import NeuronAudit, load_any_audit
@@ -72,6 +74,8 @@ def test_sets_of_sequences_are_read(folder: Path, capsys: pytest.CaptureFixture[
         )
         assert found["method"] == method
         cost[method] = found["methods"][0]["forward_equivalents"]
+        kept = load_statistics(folder / method / "scores" / f"{method}.statistics.safetensors")
+        assert kept.count > 1 and kept.quantity == COMPARED[method]
     # Passes over ordinary texts count too, a backward pass as much as a forward one.
     assert cost["contrast"] == 2 * cost["outliers"] > 2 * found["num_memorized"]
 

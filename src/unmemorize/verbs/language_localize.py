@@ -219,7 +219,10 @@ def _scores(
     settings = LocalizeSettings(seed=options.seed, is_forced=True, exclude_layers=options.skip_layers)
     statistics, spent, started = None, ScoringCost(), time.monotonic()
     if name in COMPARED:
-        statistics = collect_statistics(model, seen, quantity=COMPARED[name], progress=progress)
+        kept = (
+            out / "scores" / f"{name}.statistics.safetensors"
+        )  # a long collection that is interrupted goes on
+        statistics = collect_statistics(model, seen, quantity=COMPARED[name], path=kept, progress=progress)
         spent = ScoringCost(forward_equivalents=passes(statistics), seconds=time.monotonic() - started)
     found = localize(model, chosen, name, settings, statistics=statistics, progress=progress)  # type: ignore[arg-type]
     found = replace(found, cost=found.cost + spent)
