@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tests.reference import keyed_plan
 from unmemorize.errors import ConfigError, FileFormatError, IdError, PoolExhausted
-from unmemorize.isolate.plan import SinkPlan, SinkSettings, draw, load_plan, make_plan, published_mask
+from unmemorize.isolate.drawing import draw, published_mask
+from unmemorize.isolate.plan import SinkPlan, SinkSettings, load_plan, make_plan
 from unmemorize.neurons import Site
 
 MODEL = "language/llama-1a2b3c4d-*"

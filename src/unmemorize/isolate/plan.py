@@ -1,14 +1,10 @@
 """Plans: which sinks an id owns. Computed from a seed, never stored, and the same everywhere.
 
-Scheme `keyed` (default) draws exactly k of the P sinks of a site for every id, all subsets equally likely, with
-Floyd's algorithm for sampling without replacement: for j = P-k .. P-1, take t = h(id, j) mod (j + 1), or j itself
-if t was taken before. h is a 64-bit mixer under a key made from the seed. The cost is k draws, whatever the
-pool's size; only integer operations are used, so device, dtype, process and batch layout cannot matter.
+Scheme `keyed` (default) draws exactly k of the P sinks of a site for every id (`drawing.py`). Scheme `disjoint` gives
+every registered source a slice of its own. Scheme `published` is the hash of the MemSinks release, whose defects are
+refused unless asked for.
 
-Scheme `disjoint` gives every registered source a slice of its own. Scheme `published` is the hash of the MemSinks
-release (arXiv 2507.09937; facts in words only), kept for parity: its defects are refused unless asked for.
-
-Source: Floyd's algorithm, Bentley and Floyd 1987; mixer constants, Stafford's variant 13; scheme `keyed` is ours.
+Source: MemSinks, arXiv 2507.09937; schemes `keyed` and `disjoint` are ours.
 """
 
 from __future__ import annotations
@@ -26,15 +22,13 @@ from torch import Tensor
 from unmemorize.errors import ConfigError, FileFormatError, IdError, PoolExhausted
 from unmemorize.files import read_json, write_json
 from unmemorize.ids import ID_MAX
+from unmemorize.isolate.drawing import draw, mix, published_mask, require_ids, require_sound_published_ids
 from unmemorize.neurons import NeuronSet, Side, Site
 
 PLAN_FORMAT = "unmemorize.plan"
 PLAN_VERSION = 1
 
 Scheme = Literal["keyed", "disjoint", "published"]
-
-_PUBLISHED_BASE = 1588635695
-_PUBLISHED_PRIME = 4294967291
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +198,7 @@ class SinkPlan:
             ConfigError: under the published scheme, whose ids own varying numbers of sinks; use `mask`.
         """
         place = self.sites[site]
-        _require_ids(ids)
+        require_ids(ids)
         if self.scheme == "published":
             raise ConfigError("ids own varying numbers of sinks under the published scheme; use mask()")
         if self.scheme == "disjoint":
@@ -220,10 +214,10 @@ class SinkPlan:
         """
         place = self.sites[site]
         if self.scheme == "published":
-            _require_ids(ids)
+            require_ids(ids)
             assert self.active_frac is not None
             if not self.allow_degenerate:
-                _require_sound_published_ids(ids, self.id_bits)
+                require_sound_published_ids(ids, self.id_bits)
             return published_mask(ids, place.num_pool, self.active_frac, id_bits=self.id_bits)
         mask = torch.zeros(len(ids), place.num_pool, dtype=torch.bool, device=ids.device)
         return mask.scatter_(1, self.sinks(ids, site), True)
@@ -284,13 +278,13 @@ class SinkPlan:
         if candidates is None and self.scheme == "disjoint":
             candidates = torch.tensor(self.sources, dtype=torch.int64, device=ids.device)
         if candidates is None:
-            other = _mix(ids ^ 0x5DEECE66D) & ID_MAX
+            other = mix(ids ^ 0x5DEECE66D) & ID_MAX
             other = other % (1 << 14) + 1 if self.scheme == "published" else other.clamp(min=1)
             return torch.where(other == ids, other % 16384 + 1, other)
         candidates = torch.unique(candidates)
         if len(candidates) < 2:
             raise IdError("a foreign id needs at least two candidates; pass more ids or leave candidates out")
-        chosen = (_mix(ids) & ID_MAX) % len(candidates)
+        chosen = (mix(ids) & ID_MAX) % len(candidates)
         clash = candidates[chosen] == ids
         return candidates[torch.where(clash, (chosen + 1) % len(candidates), chosen)]
 
@@ -421,82 +415,3 @@ def load_plan(path: str | Path) -> SinkPlan:
             "use the original plan"
         )
     return plan
-
-
-def draw(ids: Tensor, key: int, num_pool: int, num_sinks: int) -> Tensor:
-    """Draw `num_sinks` distinct sinks of `num_pool` for every id.
-
-    Args:
-        ids: shape (N,), int64.
-        key: 64-bit key, as a signed integer.
-        num_pool: sinks to draw from.
-        num_sinks: sinks per id, at most `num_pool`.
-
-    Returns:
-        Shape (N, num_sinks), int64, in drawing order. All subsets are equally likely over keys and ids, up to the
-        modulo bias of a 63-bit number (below 2**-40 for pools under 2**23).
-    """
-    start = _mix(_mix(ids ^ key) + key)
-    steps = torch.arange(num_pool - num_sinks, num_pool, device=ids.device)
-    numbers = (_mix(start[:, None] + (steps + 1) * -0x61C8864680B583EB) & ID_MAX) % (steps + 1)
-    drawn = torch.full_like(numbers, -1)
-    for column, step in enumerate(range(num_pool - num_sinks, num_pool)):
-        candidate = numbers[:, column]
-        taken = (drawn[:, :column] == candidate[:, None]).any(1)
-        drawn[:, column] = torch.where(taken, step, candidate)
-    return drawn
-
-
-def published_mask(
-    ids: Tensor, num_pool: int, active_frac: float, *, id_bits: Literal[32, 64] = 64
-) -> Tensor:
-    """Compute the published MemSinks mask, defects included.
-
-    Args:
-        ids: shape (N,), int64.
-        num_pool: sinks in the pool.
-        active_frac: probability that a sink is on, 0..1.
-        id_bits: integer width in which the release multiplies the id by 65,536.
-
-    Returns:
-        Shape (N, num_pool), bool.
-
-    Source: the MemSinks release as described in words by third parties; checked against published digests.
-    """
-    powers: list[int] = []
-    power = 1
-    for _ in range(num_pool):
-        powers.append(power % _PUBLISHED_PRIME)
-        power = _signed64(power * _PUBLISHED_BASE)
-    scaled = ids.to(torch.int32) * 65536 if id_bits == 32 else ids * 65536
-    table = torch.tensor(powers, dtype=torch.int64, device=ids.device)
-    numbers = (scaled.to(torch.int64)[:, None] * table).remainder(_PUBLISHED_PRIME)
-    return numbers.to(torch.float64) / _PUBLISHED_PRIME < active_frac
-
-
-def _signed64(number: int) -> int:
-    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def _mix(numbers: Tensor) -> Tensor:
-    """Mix 64-bit integers; multiplication wraps, and shifts are made logical by masking the sign bits."""
-    numbers = (numbers ^ ((numbers >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    numbers = (numbers ^ ((numbers >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return numbers ^ ((numbers >> 31) & 0x1FFFFFFFF)
-
-
-def _require_ids(ids: Tensor) -> None:
-    if ids.dtype != torch.int64 or ids.dim() != 1:
-        raise IdError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}, expected int64 of shape (N,)")
-    if len(ids) and int(ids.min()) < 1:
-        raise IdError(f"id {int(ids.min())} is out of range, expected 1 to 2**63 - 1; 0 means no id")
-
-
-def _require_sound_published_ids(ids: Tensor, id_bits: int) -> None:
-    limit = 1 << 15 if id_bits == 32 else 1 << 47
-    bad = (ids >= limit) | (ids % _PUBLISHED_PRIME == 0)
-    if bool(bad.any()):
-        raise IdError(
-            f"id {int(ids[bad][0])} wraps or is degenerate under the published hash with {id_bits}-bit ids, "
-            f"expected 1 to {limit - 1}; use running indices, scheme keyed, or allow_degenerate"
-        )
