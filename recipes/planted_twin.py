@@ -72,8 +72,11 @@ LOCALIZERS = (
     "integrated-gradients-together",
     "slimming",
     "hard-concrete",
+    "integrated-gradients",
+    "zero-out",
 )
-EVERYWHERE = ("gradient", "contrast")  # also ranked over all layers together
+EVERYWHERE = ("gradient", "contrast", "zero-out")  # also ranked over all layers together
+SEARCHED = ("gradient", "contrast")
 BREAKS = (0.8, 0.5)  # likelihood of the targets that the search may leave, 0..1
 
 Texts = list[tuple[int, ...]]
@@ -212,7 +215,7 @@ def edits(model: Any, material: Material) -> Iterator[tuple[str, float, Callable
         once = cache(score)
         for share in SHARES:
             yield name, share, partial(folded, once, share)
-    for name in EVERYWHERE:
+    for name in SEARCHED:
         search = searched(model, material, name)
         for left_frac in BREAKS:
             yield f"search along {name}", 1 - left_frac, partial(search, left_frac)
