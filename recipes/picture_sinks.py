@@ -4,13 +4,13 @@
     python recipes/picture_sinks.py TESTBED0 TESTBED1 TESTBED2 --out SWEEP --rivals standard --variants "grown few"
     python recipes/picture_sinks_table.py RUNS [--by variant]
 
-From each testbed's general model, which has never seen them, eight of the pictures to memorize are trained on 500 times
-each (`--repeats`) among 1,000 general pictures that are seen once. The general model is all that is needed of a testbed
-(`"stages": ["general"]`). A picture is a copy if its mean squared error to the training picture is at most 0.01, as in
-the testbeds; pictures are made with 20 DDIM steps, four seeds, without guidance and with a guidance of 3. Losses are of
-targets and of general pictures kept back from this training, by quarters of the noise levels, least noise first. Beside
-the states of sinks stand, after the fact and on the standard model, NeMo's neurons off and the closed-form edit. What
-would be shipped of these, and of sinks with a cap on shared learning, is attacked by an optimized text embedding.
+From each testbed's general model, which has never seen them, eight (`--num-repeated`) of the pictures to memorize are
+trained on 500 times each (`--repeats`) among 1,000 general pictures (`--num-once`) that are seen once. The general
+model is all that is needed of a testbed (`"stages": ["general"]`). A picture is a copy if its mean squared error to the
+training picture is at most 0.01, as in the testbeds; pictures are made with 20 DDIM steps, four seeds, without guidance
+and with a guidance of 3. Losses are of targets and of general pictures kept back from this training, by quarters of the
+noise levels, least noise first. Beside the states of sinks stand, after the fact and on the standard model, NeMo's
+neurons off and the closed-form edit. What would be shipped of these is attacked by an optimized text embedding.
 `sinks.jsonl` gets one line a state; what is there is not made again.
 """
 
@@ -71,7 +71,11 @@ _HEADS = SinkSettings(share_frac=1.0, grown=96, active_frac=None, sinks_per_id=1
 VARIANTS = {
     "grown": Variant(("hidden",), _GROWN),
     "few": Variant(("hidden",), SinkSettings(share_frac=1.0, grown=64, active_frac=None, sinks_per_id=4)),
+    "narrow": Variant(("hidden",), replace(_GROWN, sinks_per_id=8)),
+    "broad": Variant(("hidden",), replace(_GROWN, sinks_per_id=128)),
     "carved": Variant(("hidden",), SinkSettings(share_frac=0.7, active_frac=0.3)),
+    "carved-half": Variant(("hidden",), SinkSettings(share_frac=0.5, active_frac=0.3)),
+    "carved-tenth": Variant(("hidden",), SinkSettings(share_frac=0.9, active_frac=0.3)),
     "values": Variant(("values",), _HEADS),
     "both": Variant(("hidden", "values"), _HEADS),
     "empty-off": Variant(("hidden",), _GROWN, "off"),
@@ -229,14 +233,18 @@ def losses(state: State, data: PictureData, rows: Sequence[int], times: int) -> 
 
 
 def run_all(
-    folders: Sequence[Path], out: Path, variants: Sequence[str], rivals: Sequence[str], repeats: int
+    folders: Sequence[Path],
+    out: Path,
+    variants: Sequence[str],
+    rivals: Sequence[str],
+    mixture: MixtureSettings,
 ) -> None:
     """Train and measure everything that is missing."""
     for folder in folders:
         testbed, path = load_testbed(folder), out / "sinks.jsonl"
         material = gather(testbed.settings)
         pictures = [*material.memorized, *material.general]
-        mixture = replace(MIXTURE, repeats=repeats, repeated_source=material.targets[0].source)
+        mixture = replace(mixture, repeated_source=material.targets[0].source)
         data: PictureData | None = None
         for number, variant in enumerate(variants):
             beside = tuple(rivals) if number == 0 else ()
@@ -252,8 +260,7 @@ def run_all(
             for state in states_of(run, variant, testbed, prompts, beside):
                 if (folder.name, state.model, state.state) not in done:
                     head = {"testbed": folder.name, "model": state.model, "state": state.state}
-                    is_attacked = beside or VARIANTS[variant].shared_cap is not None
-                    is_shipped = is_attacked and state.state not in ("own", PROMPTED, "foreign", "all")
+                    is_shipped = state.state not in ("own", PROMPTED, "foreign", "all")
                     found = measure(state, run, data, split.validation, NUM_ATTACKED if is_shipped else 0)
                     append_json_line(path, head | found)
                     print(folder.name, state.model, state.state, flush=True)
@@ -272,10 +279,15 @@ def main() -> None:
     parser.add_argument(
         "--rivals", default=" ".join(RIVALS), help="what is measured beside the first; standard is needed"
     )
+    parser.add_argument("--num-repeated", type=int, default=MIXTURE.num_repeated, help="targets")
     parser.add_argument("--repeats", type=int, default=MIXTURE.repeats, help="times a target is trained on")
+    parser.add_argument("--num-once", type=int, default=MIXTURE.num_once, help="pictures that are seen once")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    run_all(chosen.testbeds, chosen.out, chosen.variants.split(), chosen.rivals.split(), chosen.repeats)
+    mixture = replace(
+        MIXTURE, num_repeated=chosen.num_repeated, repeats=chosen.repeats, num_once=chosen.num_once
+    )
+    run_all(chosen.testbeds, chosen.out, chosen.variants.split(), chosen.rivals.split(), mixture)
 
 
 if __name__ == "__main__":

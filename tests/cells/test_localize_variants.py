@@ -18,13 +18,14 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from tests.planted.planted_pipeline import ORDINARY, ROW, PlantedPipeline
 from tests.tiny_diffusion import tiny_pipeline
 from unmemorize.errors import NeuronSetMismatch, SitesNotFound, UnmemorizeWarning
-from unmemorize.localize.activations import collect_statistics, cut_words
+from unmemorize.localize.activations import collect_statistics
 from unmemorize.localize.diffusion import localize
 from unmemorize.localize.passes import NemoSettings, first_step
 from unmemorize.localize.results import describe
 from unmemorize.localize.scores import correlation
 from unmemorize.localize.search import SearchSettings
 from unmemorize.models.diffusion import find_sites
+from unmemorize.models.prompts import cut_words
 
 MEMORIZED, OTHER = "old zorvex here", "tall lamp there"
 CAPTIONS = ["a red cat", "the blue house", "a photo of the moon"]

@@ -18,7 +18,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tests.tiny_diffusion import tiny_pipeline
 from unmemorize.corpus import MixtureSettings
 from unmemorize.corpus.picture_ids import picture_id
-from unmemorize.errors import CheckpointMismatch, ConfigError, DataError, ModelNotSupported, RunFolderError
+from unmemorize.errors import (
+    CheckpointMismatch,
+    ConfigError,
+    DataError,
+    ModelNotSupported,
+    RunFolderError,
+    UnmemorizeWarning,
+)
 from unmemorize.files import read_json_lines
 from unmemorize.isolate.diffusion import grow, plan_sinks, training_sinks
 from unmemorize.isolate.methods import MethodSettings
@@ -151,6 +158,16 @@ def test_order_caps_ids_and_natural_repeats_count() -> None:
     mixture = MixtureSettings(num_repeated=1, repeats=4, num_once=9, num_validation=1)
     mixed = split_pictures(copies, ids, mixture)
     assert sorted([r for r, _ in mixed.rows] + list(mixed.validation)) == [0, 1, 2]
+
+
+def test_captions_that_the_text_encoder_cuts_are_counted_once(capfd: pytest.CaptureFixture[str]) -> None:
+    long = replace(PICTURES[0], caption="red cat " * 37 + "red river stone")
+    with pytest.warns(
+        UnmemorizeWarning, match="1 of 2 captions are longer .* does not see 'river stone'"
+    ) as seen:
+        encode_pictures(tiny_pipeline("sd1"), [long, long, PICTURES[1]])
+    assert len(seen) == 1
+    assert "truncated" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "sd3"])

@@ -106,7 +106,7 @@ class ClipAlignment:
             output = self.model(
                 input_ids=tokens["input_ids"].to(device),
                 attention_mask=tokens["attention_mask"].to(device),
-                pixel_values=_ready(self.model, pictures[rows]),
+                pixel_values=clip_pixels(self.model, pictures[rows]),
             )
             text, image = output.text_embeds.float(), output.image_embeds.float()
             scores[rows] = torch.nn.functional.cosine_similarity(text, image).cpu().numpy()
@@ -128,13 +128,21 @@ class ClipFeatures(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         """Embed pictures."""
         arrays = list(pictures.permute(0, 2, 3, 1).cpu().numpy())
-        vision = self.model.vision_model(pixel_values=_ready(self.model, arrays))
+        vision = self.model.vision_model(pixel_values=clip_pixels(self.model, arrays))
         features: Tensor = self.model.visual_projection(vision.pooler_output)
         return features.float()
 
 
-def _ready(model: Any, pictures: Sequence[Picture]) -> Tensor:
-    """Resize, crop and normalize pictures as CLIP was trained; shape (B, 3, S, S), on the model's device."""
+def clip_pixels(model: Any, pictures: Sequence[Picture]) -> Tensor:
+    """Resize, crop and normalize B pictures as CLIP was trained.
+
+    Args:
+        model: a transformers `CLIPModel`; it says how large its pictures are.
+        pictures: pictures of any size.
+
+    Returns:
+        Shape (B, 3, S, S), standardized colours, on the model's device and in its dtype.
+    """
     side = int(model.config.vision_config.image_size)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
     cropped = np.stack([short_side_crop(picture, side, side, "bicubic") for picture in pictures])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,8 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unmemorize.corpus.picture_ids import PictureIdKind, picture_id, picture_ids
-from unmemorize.errors import ConfigError, DataError, ModelNotSupported
+from unmemorize.errors import ConfigError, DataError, ModelNotSupported, UnmemorizeWarning
 from unmemorize.models.denoising import Pipeline, conditions, joined, picked
+from unmemorize.models.diffusion import quiet_diffusers
+from unmemorize.models.prompts import cut_words, shortened
 
 _ENCODE_ROWS = 16
 
@@ -90,6 +93,8 @@ def encode_pictures(
         ids: what an id stands for, see `picture_ids`.
         device: where to keep the result; by default the pipeline's.
 
+    Captions that are longer than the text encoders read are cut; a warning says how many, and of one what is lost.
+
     Raises:
         DataError: if there are no pictures, or their sizes differ.
         ModelNotSupported: if the pipeline packs its latents.
@@ -104,10 +109,12 @@ def encode_pictures(
     size_px = min(sizes)[0]
     owners = picture_ids([p.pixels for p in pictures], ids, sources=[p.source for p in pictures])
     distinct = list(dict.fromkeys(["", *(picture.caption for picture in pictures)]))
-    parts = [
-        conditions(pipe, distinct[start : start + _ENCODE_ROWS], size_px=size_px)
-        for start in range(0, len(distinct), _ENCODE_ROWS)
-    ]
+    _warn_of_cut_captions(pipe, distinct[1:])
+    with quiet_diffusers():
+        parts = [
+            conditions(pipe, distinct[start : start + _ENCODE_ROWS], size_px=size_px)
+            for start in range(0, len(distinct), _ENCODE_ROWS)
+        ]
     if "img_ids" in parts[0]:
         raise ModelNotSupported(
             f"{type(pipe).__name__} packs its latents; train it in a loop of your own inside training_sinks"
@@ -129,6 +136,18 @@ def encode_pictures(
         ids=tuple(owners),
         digest=digest.hexdigest()[:16],
     )
+
+
+def _warn_of_cut_captions(pipe: Pipeline, captions: Sequence[str]) -> None:
+    cut = {caption: words for caption in captions if (words := cut_words(pipe, caption))}
+    if cut:
+        caption, words = next(iter(cut.items()))
+        warnings.warn(
+            f"{len(cut):,} of {len(captions):,} captions are longer than the text encoder reads and are cut: of "
+            f"{shortened(caption)!r} it does not see {shortened(words)!r}",
+            UnmemorizeWarning,
+            stacklevel=3,
+        )
 
 
 def _latents(pipe: Pipeline, pictures: Sequence[Captioned]) -> Tensor:

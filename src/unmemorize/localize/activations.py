@@ -8,7 +8,6 @@ Source: Hintersdorf et al. 2024, released code (mean absolute value over all pos
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -97,25 +96,6 @@ def token_positions(pipe: Pipeline, prompts: Sequence[str], positions: str) -> T
     if positions not in kinds:
         raise ConfigError(f"unknown positions {positions!r}; expected all, {', '.join(kinds)}")
     return kinds[positions]
-
-
-def cut_words(pipe: Pipeline, prompt: str) -> str:
-    """Return the words at the end of a prompt that none of the pipeline's text encoders reads; "" if all are read.
-
-    A tokenizer reads as many tokens as its own limit and the pipeline's `max_sequence_length` allow.
-    """
-    longest = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
-    allowed = longest.default if longest is not None and isinstance(longest.default, int) else None
-    cut: list[str] = []
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        tokenizer = getattr(pipe, name, None)
-        if tokenizer is None:
-            continue
-        limit = min(tokenizer.model_max_length, allowed or tokenizer.model_max_length)
-        tokens = tokenizer(prompt, truncation=False, add_special_tokens=False, verbose=False).input_ids
-        num_words = limit - tokenizer.num_special_tokens_to_add()
-        cut.append(tokenizer.decode(tokens[num_words:]).strip() if len(tokens) > num_words else "")
-    return min(cut, key=len, default="")
 
 
 def collect_statistics(

@@ -34,7 +34,6 @@ from unmemorize.localize.results import (
     finish_folder,
     outcome_of,
     result_from_json,
-    shortened,
     start_lines,
     table_fields,
 )
@@ -42,6 +41,7 @@ from unmemorize.localize.scores import NeuronStatistics
 from unmemorize.localize.search import Entries
 from unmemorize.models.denoising import Pipeline
 from unmemorize.models.diffusion import DenoiserRow, fingerprint
+from unmemorize.models.prompts import shortened
 from unmemorize.neurons import NeuronSet, Site
 from unmemorize.records import Progress, ProgressCallback
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from unmemorize.errors import DataError, NeuronSetMismatch, UnmemorizeWarning
-from unmemorize.localize.activations import cut_words
 from unmemorize.localize.passes import NemoSettings
 from unmemorize.localize.procedures import Member, fast, released, single
 from unmemorize.localize.results import (
@@ -30,12 +29,12 @@ from unmemorize.localize.results import (
     describe,
     finish_folder,
     prompt_row,
-    shortened,
     start_folder,
 )
 from unmemorize.localize.scores import NeuronStatistics
 from unmemorize.models.denoising import Pipeline
 from unmemorize.models.diffusion import DenoiserRow, Kind, find_sites, fingerprint, row_for
+from unmemorize.models.prompts import cut_words, shortened
 from unmemorize.neurons import same_model
 from unmemorize.records import Progress, ProgressCallback
 

@@ -17,6 +17,7 @@ from typing import Any
 from unmemorize.errors import FileFormatError, RunFolderError
 from unmemorize.files import append_json_line, read_json, read_json_lines, write_atomic, write_json
 from unmemorize.localize.search import Entries, Trial
+from unmemorize.models.prompts import shortened
 from unmemorize.neurons import NeuronSet, Site, union
 
 LOCALIZATION_FORMAT = "unmemorize.localization"
@@ -92,11 +93,6 @@ class PromptResult:
         """Return the result as plain data; an infinite theta becomes null."""
         value: dict[str, Any] = _finite(asdict(self))
         return value
-
-
-def shortened(prompt: str, *, num_letters: int = 60) -> str:
-    """Cut a prompt for a message."""
-    return prompt if len(prompt) <= num_letters else f"{prompt[: num_letters - 1]}…"
 
 
 def describe(result: PromptResult) -> str:

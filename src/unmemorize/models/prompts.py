@@ -59,6 +59,27 @@ def tokenizers_of(pipe: Pipeline) -> list[Any]:
     return [tokenizer for tokenizer, _ in _encoders(pipe)]
 
 
+def cut_words(pipe: Pipeline, prompt: str) -> str:
+    """Return the words at the end of a prompt that none of the pipeline's text encoders reads; "" if all are read.
+
+    A tokenizer reads as many tokens as its own limit and the pipeline's `max_sequence_length` allow.
+    """
+    longest = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    allowed = longest.default if longest is not None and isinstance(longest.default, int) else None
+    cut: list[str] = []
+    for tokenizer in tokenizers_of(pipe):
+        limit = min(tokenizer.model_max_length, allowed or tokenizer.model_max_length)
+        tokens = tokenizer(prompt, truncation=False, add_special_tokens=False, verbose=False).input_ids
+        num_words = limit - tokenizer.num_special_tokens_to_add()
+        cut.append(tokenizer.decode(tokens[num_words:]).strip() if len(tokens) > num_words else "")
+    return min(cut, key=len, default="")
+
+
+def shortened(prompt: str, *, num_letters: int = 60) -> str:
+    """Cut a prompt for a message."""
+    return prompt if len(prompt) <= num_letters else f"{prompt[: num_letters - 1]}…"
+
+
 def tokens_of(pipe: Pipeline, prompt: str) -> list[Tensor]:
     """Return a prompt's token ids as the pipeline makes them, shape (T,) per text encoder, padded and cut off.
 
