@@ -17,6 +17,7 @@ from unmemorize.isolate.plan import SinkSettings
 from unmemorize.testbeds.diffusion import build_testbed
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+MIXTURE = MixtureSettings(num_repeated=2, repeats=4, num_once=6, num_validation=4)
 
 
 @pytest.fixture
@@ -26,9 +27,6 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     sinks = SinkSettings(share_frac=1.0, grown=16, active_frac=None, sinks_per_id=4)
     variants = {"grown": module.Variant(("hidden",), sinks), "off": module.Variant(("hidden",), sinks, "off")}
     monkeypatch.setattr(module, "VARIANTS", variants)
-    monkeypatch.setattr(
-        module, "MIXTURE", MixtureSettings(num_repeated=2, repeats=4, num_once=6, num_validation=4)
-    )
     monkeypatch.setattr(module, "NUM_ATTACKED", 1)
     return module
 
@@ -37,7 +35,7 @@ def test_every_state_is_measured_once_and_tabled(
     tmp_path: Path, recipe: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     testbed = build_testbed(replace(TINY, size_px=16, stages=("general",)), tmp_path / "bed")
-    recipe.run_all([testbed.folder], tmp_path / "runs", ["grown", "off"], recipe.RIVALS, 4)
+    recipe.run_all([testbed.folder], tmp_path / "runs", ["grown", "off"], recipe.RIVALS, MIXTURE)
     lines = read_json_lines(tmp_path / "runs" / "sinks.jsonl")
     states = [(line["model"], line["state"]) for line in lines]
     assert states[:5] == [("sinks, grown", s) for s in ("own", "off", "foreign", "all", recipe.PROMPTED)]
@@ -58,7 +56,7 @@ def test_every_state_is_measured_once_and_tabled(
     image = sheets.sheet(parts)
     assert image.size == (6 * (16 * 3 + 6) + 6, 16 + 2 * (16 * 3 + 6) + 6)
     capsys.readouterr()
-    recipe.run_all([testbed.folder], tmp_path / "runs", ["grown", "off"], recipe.RIVALS, 4)
+    recipe.run_all([testbed.folder], tmp_path / "runs", ["grown", "off"], recipe.RIVALS, MIXTURE)
     assert len(read_json_lines(tmp_path / "runs" / "sinks.jsonl")) == len(lines)
     tables = importlib.import_module("picture_sinks_table")
     tables.by_state(lines)

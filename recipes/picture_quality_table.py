@@ -1,0 +1,83 @@
+"""What closing sinks costs ordinary prompts, by the audits of runs on pictures: means over runs with t intervals.
+
+    unmemorize audit RUN --clip JUDGE --num-seeds 4 --num-steps 20 --guidance 1
+    python recipes/picture_quality_table.py RUN0 RUN1 RUN2
+
+A row a state. Of ordinary prompts: cosine of prompt and picture under CLIP, as it is and less that of the first method
+on the same run; likeness of a prompt's pictures to each other (lower is more diverse); likeness to the first method's
+picture of the same noise; KID, where it was measured; denoising loss less the first method's. Of targets: copies.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from picture_sinks_table import over
+
+from unmemorize.records import Measure, PictureAudit, PictureGroup, load_any_audit
+
+Pick = Callable[[PictureGroup], Measure | None]
+
+
+def figures(audits: Sequence[PictureAudit], state: str, group: str, pick: Pick) -> list[float]:
+    """Return a figure of one state for every audit that has it."""
+    found = [
+        pick(part)
+        for audit in audits
+        for row in audit.states
+        if row.label == state
+        for part in row.groups
+        if part.group == group
+    ]
+    return [measure.value for measure in found if measure is not None and measure.value is not None]
+
+
+def relative_loss(group: PictureGroup) -> Measure | None:
+    """Change of the denoising loss against the first method, in percent of the first method's."""
+    now, change = group.denoising_loss, group.denoising_loss_change
+    if now is None or change is None or now.value is None or change.value is None:
+        return None
+    return change.model_copy(update={"value": 100 * change.value / (now.value - change.value)})
+
+
+def table(audits: Sequence[PictureAudit]) -> list[str]:
+    """Lay out a row for every state."""
+    columns: list[tuple[str, str, Pick, int, str]] = [
+        ("copies of targets", "target", lambda group: group.similarities[0].copy_rate_frac, 2, ""),
+        ("alignment", "ordinary", lambda group: group.alignment, 3, ""),
+        ("alignment, change", "ordinary", lambda group: group.alignment_change, 3, ""),
+        ("likeness between seeds", "ordinary", lambda group: group.similarities[0].seed_similarity, 3, ""),
+        ("likeness to before", "ordinary", lambda group: group.similarities[0].kept_similarity, 3, ""),
+        ("KID", "ordinary", lambda group: group.kid, 4, ""),
+        ("validation loss", "ordinary", relative_loss, 1, " %"),
+    ]
+    lines = [f"| state | {' | '.join(name for name, *_ in columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for state in (row.label for row in audits[0].states):
+        cells = [
+            over(figures(audits, state, group, pick), digits, unit)
+            for _, group, pick, digits, unit in columns
+        ]
+        lines.append(f"| {state} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+")
+    chosen = parser.parse_args()
+    audits = []
+    for run in chosen.runs:
+        for path in sorted(run.glob("audits/seed*/audit.json")):
+            audit = load_any_audit(path)
+            assert isinstance(audit, PictureAudit), f"{path} is no audit of pictures"
+            audits.append(audit)
+    print("\n".join(table(audits)))
+
+
+if __name__ == "__main__":
+    main()
