@@ -84,7 +84,7 @@ def audit(
     dtype: Annotated[Precision | None, typer.Option(help="With neurons: dtype of the weights.")] = None,
 ) -> Answer:
     """Measure what models reproduce of what they were trained on, in every state, with intervals."""
-    from unmemorize.verbs import diffusion, language, language_audit, picture_runs
+    from unmemorize.verbs import diffusion, language, language_audit, picture_measures, picture_runs
 
     target = folder_of(target)
     is_run = picture_runs.is_picture_run(Path(target))
@@ -107,7 +107,7 @@ def audit(
         return language.audit(progress, Path(target), examples, out, max_extraction, length or 256)
     if not is_run and (examples is None or out is None):
         raise ConfigError("to audit a pipeline give --examples FILE (prompts) and --out RUN")
-    options = diffusion.PictureOptions(
+    options = picture_measures.PictureOptions(
         neurons=neurons,
         rivals=rivals,
         mended=mended,

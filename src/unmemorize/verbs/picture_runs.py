@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from unmemorize.errors import ConfigError
 from unmemorize.verbs.answers import Answer, bar_line, figure_text, file_with_options, integers, upper_end
-from unmemorize.verbs.diffusion import Loading, PictureOptions, alignment_of, measures_of, quietly
+from unmemorize.verbs.diffusion import Loading, quietly
+from unmemorize.verbs.picture_measures import PictureOptions, alignment_of, measures_of
 
 if TYPE_CHECKING:
     from unmemorize.records import Measure, PictureAudit, ProgressCallback
@@ -114,7 +115,6 @@ def audit(
 ) -> Answer:
     """Make pictures with every model of a run in every state and measure what they copy, seed by seed."""
     from unmemorize.audit.diffusion import audit_pictures
-    from unmemorize.audit.ways import PictureAuditSettings
     from unmemorize.files import read_json
     from unmemorize.verbs.picture_states import measured, ways_of
 
@@ -123,13 +123,7 @@ def audit(
     if max_extraction is not None and not any(name.startswith("sinks") for name in config["methods"]):
         raise ConfigError(f"--max-extraction is about closed sinks, and {run} trained none; leave it out")
     pictures = measured(run)
-    settings = PictureAuditSettings(
-        seeds=tuple(range(1000, 1000 + options.num_seeds)),
-        num_steps=options.num_steps,
-        guidance=options.guidance,
-        size_px=options.size_px,
-        copy_thresholds=options.copy_thresholds,
-    )
+    settings = options.settings()
     audits: list[PictureAudit] = []
     for seed in config["seeds"]:
         ways = list(ways_of(run, config["methods"], seed, pictures, loading))
