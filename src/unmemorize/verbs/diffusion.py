@@ -20,7 +20,15 @@ from unmemorize.verbs.answers import (
     upper_end,
 )
 from unmemorize.verbs.devices import dtype_of, on_device
-from unmemorize.verbs.picture_measures import PictureOptions, alignment_of, measures_of
+from unmemorize.verbs.picture_measures import (
+    PictureOptions,
+    alignment_of,
+    measures_of,
+    ordinary_group,
+    quality_of,
+    quality_words,
+    reference_of,
+)
 
 if TYPE_CHECKING:
     from unmemorize.corpus.prompts import Prompt
@@ -254,8 +262,9 @@ def audit(
 
     prompts = read_prompts(examples, column=options.column)
     neurons = load_neurons(options.neurons or out / "neurons.json")
-    pipe = opened(model, loading)
     groups = {prompt.text: prompt.group for prompt in prompts}
+    reference = reference_of(options.reference, groups.values())
+    pipe = opened(model, loading)
     found = _found(out, groups)
     others = pipelines(
         {"mended": options.mended, "twin": options.twin}, lambda folder: opened(folder, loading)
@@ -263,13 +272,15 @@ def audit(
     own = own_neurons(found.results, fingerprint(pipe), found.sites)
     ways = states(pipe, neurons, rivals=options.rivals, own=own if len(own) > 1 else None, others=others)
     settings = options.settings()
+    alignment = alignment_of(options.clip, str(pipe.device))
     result = audit_pictures(
         [PromptCase(prompt=p.text, group=p.group, pictures=p.pictures) for p in prompts],
         ways,
         settings,
         out,
         measures=measures_of(options.sscd, str(pipe.device)),
-        alignment=alignment_of(options.clip, str(pipe.device)),
+        alignment=alignment,
+        quality=quality_of(reference, alignment),
         localized=[*localized_prompts(found.results, groups), *_gate_rows(out)],
         sites=site_neurons(found.sites or find_sites(pipe), neurons, found.results),
         gate_threshold=found.gate_threshold if found.results else None,
@@ -280,7 +291,9 @@ def audit(
     after = next(state for state in result.states if state.state == ("mended" if options.mended else "after"))
     rate = next((g.similarities[0].copy_rate_frac for g in after.groups if g.group == "target"), None)
     bar, code = bar_line("copies of targets", upper_end(rate), max_extraction)
-    lines = [result.verdict, *result.limits, *bar, str(out / "audit.json")]
+    words = [quality_words([ordinary_group(result, number)]) for number in range(len(result.states))]
+    quality = [f"{state.label}: {text}" for state, text in zip(result.states, words, strict=True) if text]
+    lines = [result.verdict, *quality, *result.limits, *bar, str(out / "audit.json")]
     return Answer(data=result.model_dump(mode="json"), lines=lines, exit_code=code)
 
 
