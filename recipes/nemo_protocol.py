@@ -35,7 +35,7 @@ from unmemorize.corpus.prompts import Prompt, read_prompts
 from unmemorize.files import write_atomic
 from unmemorize.localize.grouping import clusters
 from unmemorize.records import PictureAudit, load_any_audit
-from unmemorize.verbs import diffusion
+from unmemorize.verbs import diffusion, picture_measures
 
 RIVALS = "placebo first-layer padding tokens:1 tokens:4 tokens:10 adjusted"
 
@@ -78,7 +78,7 @@ def main(words: list[str] | None = None) -> Path:
     neurons, plain = chosen.out / "neurons.json", chosen.out / "plain"
     if not plain.exists():
         diffusion.remove(progress, chosen.model, plain, neurons, "fold", False, None, None, None)
-    options = diffusion.PictureOptions(
+    options = picture_measures.PictureOptions(
         rivals=chosen.rivals,
         mended=plain,
         sscd=tuple(chosen.sscd),
@@ -91,7 +91,7 @@ def main(words: list[str] | None = None) -> Path:
     diffusion.audit(progress, chosen.model, examples, chosen.out, None, options, loading)
     audit = load_any_audit(chosen.out / "audit.json")
     assert isinstance(audit, PictureAudit)
-    measures = diffusion.measures_of(options.sscd, "cpu")
+    measures = picture_measures.measures_of(options.sscd, "cpu")
     more = nemo_robustness.measure(nemo_robustness.asked(chosen, run=chosen.out)).read_text().rstrip()
     text = "\n\n".join([_detection(audit), *(_table(audit, prompts, chosen, m) for m in measures), more])
     print(text)

@@ -43,7 +43,7 @@ from unmemorize.localize.clusters import read_results
 from unmemorize.localize.grouping import clusters
 from unmemorize.localize.locality import locality
 from unmemorize.models.diffusion import fingerprint
-from unmemorize.verbs import diffusion
+from unmemorize.verbs import diffusion, picture_measures
 
 SCHEDULERS = (
     "DDIMScheduler",
@@ -133,7 +133,7 @@ def measure(asked: Asked) -> Path:
     targets = [p for p in prompts if p.group == "target" and p.text in memorized]
     if not targets:
         return write_atomic(asked.run / "robustness.md", "No target is memorized: nothing was removed.\n")
-    similar = diffusion.measures_of(asked.sscd, str(before.device))[0]
+    similar = picture_measures.measures_of(asked.sscd, str(before.device))[0]
     sections = [
         _locality(asked.run, before),
         _permanence(asked, before, mended, targets, similar, tell),

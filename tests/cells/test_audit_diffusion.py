@@ -483,6 +483,22 @@ def test_fid_needs_five_pictures_a_feature_and_the_audit_shows_it(tmp_path: Path
     assert json.loads((tmp_path / "audit.json").read_text())["measures"]["fid"].startswith("Distance to 120")
 
 
+def test_training_pictures_of_targets_are_no_reference(tmp_path: Path) -> None:
+    own, ordinary, other = training_picture(3), training_picture(100), drawing(90, 64)
+    large = own.repeat(2, axis=0).repeat(2, axis=1)  # averaged down it is the training picture again
+    noisy = own.copy()
+    noisy[0, 0] ^= 1
+    cases, ways = make_cases()[:20], make_ways(make_pipe())[:1]
+    allowed = PictureQuality(features=MeanColour(), reference=[other, ordinary, noisy], name="mean colour")
+    audit_pictures(cases, ways, SETTINGS, tmp_path / "allowed", quality=allowed)
+    mixed = PictureQuality(features=MeanColour(), reference=[other, own, large], name="mean colour")
+    with pytest.raises(
+        DataError, match=r"2 of 3 reference pictures are training pictures .*first: number 2\)"
+    ):
+        audit_pictures(cases, ways, SETTINGS, tmp_path / "mixed", quality=mixed)
+    assert not (tmp_path / "mixed").exists()
+
+
 def test_an_interrupted_run_ends_in_the_files_of_one_that_was_not(tmp_path: Path) -> None:
     cases, settings = small_cases(4), PictureAuditSettings(seeds=SEEDS, batch_size=5, num_resamples=100)
     ways = make_ways(make_pipe())[:2]

@@ -6,10 +6,13 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.cells.test_verbs import ask, refusal
-from tests.tiny_diffusion import tiny_pipeline
+from tests.tiny_diffusion import tiny_clip, tiny_pipeline
+from unmemorize.audit import picture_quality
+from unmemorize.audit.pictures import write_picture
 from unmemorize.cli import main
 from unmemorize.models.diffusion import fingerprint, load
 from unmemorize.neurons import load_neurons
@@ -120,6 +123,56 @@ def test_audit_compares_states_and_report_shows_them(
     assert main(["report", str(run)]) == 0
     assert "a photo of the lighthouse" in (run / "report.html").read_text()
     assert ask(capsys, *start, *QUICK, "--max-extraction", "0.5", code=1)["kind"] == "pictures"
+
+
+def drawn(folder: Path, number: int) -> Path:
+    pixels = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    return write_picture(folder / f"{number}.png", pixels)
+
+
+def test_audit_measures_the_quality_of_ordinary_pictures(
+    folder: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, out = drawn(tmp_path / "own", 0), tmp_path / "run"
+    for number in range(1, 7):
+        drawn(tmp_path / "real", number)
+    prompts, texts = tmp_path / "prompts.csv", tmp_path / "texts.csv"
+    texts.write_text(f"prompt,group,picture\na lamp,target,{own}\n")
+    prompts.write_text(texts.read_text() + "".join(f"{text},ordinary,\n" for text in CAPTIONS))
+    clip = str(tiny_clip(tmp_path / "clip"))
+    start = ["audit", str(folder / "pipe"), "--out", str(out), "--neurons", str(run / "neurons.json"), *QUICK]
+    start += ["--num-seeds", "3", "--num-steps", "1", "--examples", str(prompts)]
+    real = ["--reference", str(tmp_path / "real")]
+    assert "by the features of a CLIP model; name one with --clip" in refusal(capsys, *start, *real)
+    start += ["--clip", clip]
+    message = refusal(capsys, *start, *real, "--examples", str(texts))
+    assert "none of the prompts is in group ordinary; add some" in message
+    message = refusal(capsys, *start, "--reference", str(tmp_path))
+    assert f"1 of 7 reference pictures are training pictures of the audited prompts (first: {own})" in message
+    assert "nowhere holds no pictures or does not exist" in refusal(capsys, *start, "--reference", "nowhere")
+    assert not out.exists()
+
+    monkeypatch.setattr(picture_quality, "MIN_PICTURES", 5)
+    assert main([*start, *real]) == 0
+    printed = capsys.readouterr().out
+    named = [line for line in printed.splitlines() if ": on ordinary prompts alignment " in line]
+    assert len(named) == 3 and all(", KID " in line and "[" in line for line in named)
+    assert "FID refused (5 pictures in the smallest sample; FID with 8 features needs 40)" in named[0]
+    audit = json.loads((out / "audit.json").read_text())
+    for state in audit["states"]:
+        target, ordinary = state["groups"]
+        assert target["kid"] is None and ordinary["kid"]["num"] == 3
+        assert f"KID {ordinary['kid']['value']:.4g} [" in printed
+    assert audit["measures"]["kid"] == (
+        f"Distance to 6 reference pictures by the features of CLIP {clip}; 0 is best."
+    )
+    assert main(["report", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    assert "FID with 8 features needs 40" in page and ">KID<" in page and "Distance to 6 reference" in page
 
 
 @pytest.mark.parametrize("way", ["fold", "edit"])

@@ -10,7 +10,8 @@ import pytest
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from tests.tiny_diffusion import WORDS, tiny_pipeline
+from tests.tiny_diffusion import WORDS, tiny_clip, tiny_pipeline
+from unmemorize.audit import picture_quality
 from unmemorize.audit.pictures import write_picture
 from unmemorize.cli import main
 from unmemorize.isolate.plan import SinkPlan
@@ -172,6 +173,51 @@ def test_a_bar_is_never_met_by_what_was_not_measured(
     assert main(["audit", str(run), *bar]) == code
     printed = capsys.readouterr()
     assert message in printed.out + printed.err
+
+
+def test_quality_on_ordinary_prompts_stands_beside_every_state(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = tmp_path / "run", tmp_path / "real.npz"
+    assert main([*words(material, run), "--methods", "standard dedup"]) == 0
+    pixels = np.random.default_rng(1).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    np.savez(real, images=pixels)
+    audit = ["audit", str(run), "--num-seeds", "3", "--num-steps", "1", "--device", "cpu"]
+    capsys.readouterr()
+    assert main([*audit, "--reference", str(real)]) == 2
+    assert "name one with --clip" in capsys.readouterr().err
+    audit += ["--clip", str(tiny_clip(tmp_path / "clip")), "--reference"]
+    assert main([*audit, str(material / "pictures")]) == 2
+    assert "5 of 12 reference pictures are training pictures of the audited" in capsys.readouterr().err
+    assert not (run / "audits").exists()
+
+    assert main([*audit, str(real)]) == 0
+    small = "5 pictures in the smallest sample; KID needs 100, FID more"
+    printed = capsys.readouterr().out
+    assert printed.count("; on ordinary prompts alignment ") == 2
+    assert printed.count(f", KID and FID refused ({small})") == 2
+    monkeypatch.setattr(picture_quality, "MIN_PICTURES", 5)
+    assert main([*audit, str(real), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    found = load_any_audit(run / "audits" / "seed0" / "audit.json")
+    assert isinstance(found, PictureAudit)
+    for state in found.states:
+        ordinary = next(group for group in state.groups if group.group == "ordinary")
+        for name in ("alignment", "kid"):
+            assert answer[name][state.state] == [values(getattr(ordinary, name))]
+        assert answer["fid"][state.state] == []
+        assert answer["refused"]["fid"][state.state].endswith("FID with 8 features needs 40")
+    assert "kid" not in answer["refused"]
+
+
+def test_a_language_model_has_no_pictures_to_measure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", str(tmp_path), "--reference", "real", "--clip", "clip", "--size-px", "64"]) == 2
+    message = (
+        "--clip, --reference, --size-px: for pipelines and runs on pictures; leave out for a language model"
+    )
+    assert message in capsys.readouterr().err
 
 
 def test_foreign_sinks_are_those_of_another_repeated_picture(

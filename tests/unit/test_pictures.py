@@ -7,7 +7,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from unmemorize.corpus.pictures import read_pictures, resized
+from unmemorize.corpus.pictures import find_pictures, read_pictures, resized
 from unmemorize.errors import ConfigError, DataError
 from unmemorize.testbeds.drawings import draw_pictures, draw_scenes
 
@@ -171,3 +171,36 @@ def test_scenes_differ_in_caption_and_picture():
     pixels = numpy.stack([scene.pixels for scene in scenes]).astype(float) / 255
     errors = ((pixels[:, None] - pixels[None]) ** 2).mean((2, 3, 4)) + numpy.eye(24)
     assert errors.min() > 0.01
+
+
+def test_pictures_are_found_without_captions(folder, tmp_path):
+    files = [folder / "a.png", folder / "b.png"]
+    assert find_pictures(folder) == find_pictures(folder / "metadata.csv") == files
+    (folder / "named.jsonl").write_text(json.dumps({"picture": "b.png|a.png", "text": ""}) + "\n")
+    assert find_pictures(folder / "named.jsonl") == files[::-1]
+    inner = folder / "inner"
+    inner.mkdir()
+    numpy.savez(inner / "grey.npz", images=numpy.full((2, 4, 4), 7, numpy.uint8))
+    for found in (find_pictures(inner), find_pictures(inner / "grey.npz")):
+        assert [(one.shape, one.max()) for one in found] == [((4, 4, 3), 7)] * 2
+    Image.new("RGB", (4, 4)).save(inner / "c.JPG")
+    assert find_pictures(folder) == [*files, inner / "c.JPG"]
+
+
+def test_where_no_pictures_are_found_it_says_why(folder, tmp_path):
+    with pytest.raises(DataError, match="nowhere holds no pictures or does not exist; expected a folder"):
+        find_pictures(tmp_path / "nowhere")
+    inner = folder / "inner"
+    inner.mkdir()
+    with pytest.raises(DataError, match="inner holds no pictures; expected image files"):
+        find_pictures(inner)
+    for name in ("one.npz", "two.npz"):
+        numpy.savez(inner / name, images=numpy.zeros((1, 4, 4), numpy.uint8))
+    with pytest.raises(DataError, match=r"holds 2 archives \(one.npz, two.npz\); name one of them"):
+        find_pictures(inner)
+    write_table(folder / "names.csv", [{"file_name": "a.png"}, {"file_name": "missing.png"}])
+    with pytest.raises(DataError, match=r"missing.png does not exist, but .*names.csv names it"):
+        find_pictures(folder / "names.csv")
+    write_table(folder / "words.csv", [{"text": "red"}])
+    with pytest.raises(DataError, match="row 1 has neither picture nor file_name, only"):
+        find_pictures(folder / "words.csv")

@@ -183,6 +183,29 @@ def test_denoising_losses_stand_with_four_digits_in_the_table_of_quality(audit: 
     assert [row.cells[first - 1].text for row in table.rows[:2]] == ["0.1042", "0.1142"]
 
 
+def test_alignment_and_distances_stand_in_the_table_of_quality(audit: PictureAudit) -> None:
+    distance = Measure(value=0.01234, ci95=(0.011, 0.013), num=3, method="t")
+    states = [
+        state.model_copy(
+            update={
+                "groups": [
+                    one.model_copy(update={"kid": distance}) if one.group == "ordinary" else one
+                    for one in state.groups
+                ]
+            }
+        )
+        for state in audit.states
+    ]
+    table = picture_figures.quality_table(audit.model_copy(update={"states": states}), "after", "t")
+    assert table is not None
+    assert [table.spans[0], *table.spans[-2:]] == [("", 1), ("FID", 1), ("KID", 1)]
+    assert table.spans[1][0] == "Alignment" and {column.name for column in table.columns[-2:]} == {"Ordinary"}
+    fid, kid = table.rows[0].cells[-2:]
+    assert fid.is_refused and "60 pictures" in fid.text
+    assert (kid.text, kid.detail) == ("0.01234", "[0.011, 0.013]")
+    assert table.rows[0].cells[0].text == "0.31"
+
+
 def test_pictures_that_share_a_prompt_are_told_apart(run: Path, audit: PictureAudit) -> None:
     one = audit.prompts[0]
     twins = [one.model_copy(update={"name": name}) for name in ("target-0000", "target-0001")]

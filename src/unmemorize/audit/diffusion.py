@@ -31,7 +31,7 @@ from unmemorize.audit.picture_measuring import (
     PictureMeasuring,
     StateNumbers,
 )
-from unmemorize.audit.picture_quality import PictureQuality
+from unmemorize.audit.picture_quality import PictureQuality, require_unseen
 from unmemorize.audit.picture_verdict import PLACEBO, picture_verdict
 from unmemorize.audit.pictures import Picture, PromptCase, check_cases, read_picture, write_picture
 from unmemorize.audit.prompt_alignment import ClipAlignment
@@ -81,7 +81,7 @@ def audit_pictures(
         out_folder: the run folder; pictures that it holds are kept if they were made with the same settings.
         measures: similarity measures, the most trusted one first; by default `structure`.
         alignment: CLIP model for the similarity of prompt and picture.
-        quality: features and reference pictures for FID and KID.
+        quality: features and reference pictures for FID and KID; none of a training picture, but for ordinary prompts.
         localized: what localization found for each prompt, for reports.
         sites: the neurons that are switched off, for reports.
         gate_threshold: similarity from which localization calls a prompt memorized, for reports.
@@ -95,7 +95,8 @@ def audit_pictures(
         The audit, as stored.
 
     Raises:
-        DataError: if prompts contradict each other or a picture cannot be read.
+        DataError: if prompts contradict each other, a picture cannot be read, or a reference picture is a training
+            picture.
         ConfigError: if states or settings contradict each other, or memory runs out for a single picture.
         RunFolderError: if the folder holds pictures made with other settings.
     """
@@ -105,6 +106,8 @@ def audit_pictures(
     check_ways(ways)
     _check_names(tools, settings, ways, headline)
     pictures = [[read_picture(picture) for picture in case.pictures] for case in cases]
+    if quality is not None:
+        require_unseen(quality, cases, pictures)
     references = {m.name: [m.embed(own) for own in pictures] for m in tools.measures}
     measuring = PictureMeasuring(cases, settings, out_folder, tools, references, progress)
     numbers = {way.state: measuring.measure(way) for way in ways}

@@ -6,7 +6,8 @@ sample with one picture a prompt; the figure is the mean over seeds with a Stude
 of noise, not of prompts or of reference pictures.
 
 FID of a small sample is too large, by an amount that depends on the model: below five pictures per feature it is
-refused (10,240 for the 2,048 features of Inception). KID has no such bias and is refused below 100 pictures.
+refused (10,240 for the 2,048 features of Inception). KID has no such bias and is refused below 100 pictures. Copies of
+reference pictures improve both, so that training pictures of the audited prompts are refused among them.
 
 Letters: N pictures, D features. Source: Heusel et al. 2017 (FID); Binkowski et al. 2018 (KID); the refusals are ours.
 """
@@ -18,10 +19,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unmemorize.audit.pictures import Picture, PictureSource, read_picture
+from unmemorize.audit.pictures import Picture, PictureSource, PromptCase, read_picture
 from unmemorize.audit.statistics import MIN_SEEDS, mean_over_seeds, refused
+from unmemorize.corpus.pictures import resized
 from unmemorize.errors import DataError, missing_extra
 from unmemorize.records import Group, Measure
 
@@ -30,6 +33,8 @@ MIN_PICTURES = 100
 
 _BATCH = 32
 _KID_BLOCK = 1000  # pictures whose kernel is held in memory at once
+_THUMBNAIL_PX = 16
+_ALIKE = 8.0  # mean difference of thumbnails, of 255, from which two pictures are not compared pixel by pixel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,6 +58,49 @@ class PictureQuality:
     def description(self) -> str:
         """One line for reports."""
         return f"Distance to {len(self.reference):,} reference pictures by the features of {self.name}; 0 is best."
+
+
+def require_unseen(
+    quality: PictureQuality, cases: Sequence[PromptCase], pictures: Sequence[Sequence[Picture]]
+) -> None:
+    """Refuse reference pictures that prompts of the audit may have memorized; those of ordinary prompts are allowed.
+
+    Two pictures are the same if their central squares, brought to the side of the smaller one, have equal pixels.
+
+    Args:
+        quality: features and reference pictures.
+        cases: N prompts.
+        pictures: the training pictures of each of them, length N.
+
+    Raises:
+        DataError: if a reference picture is one of them, or cannot be read.
+    """
+    trained = [
+        one for case, own in zip(cases, pictures, strict=True) if case.group != "ordinary" for one in own
+    ]
+    if not trained:
+        return
+    thumbnails = np.stack([_thumbnail(one) for one in trained])
+    seen = []
+    for number, source in enumerate(quality.reference, start=1):
+        picture = read_picture(source)
+        differences = np.abs(thumbnails - _thumbnail(picture)).mean(axis=1)
+        if any(_is_same(picture, trained[row]) for row in np.flatnonzero(differences <= _ALIKE)):
+            seen.append(f"number {number}" if isinstance(source, np.ndarray) else str(source))
+    if seen:
+        raise DataError(
+            f"{len(seen)} of {len(quality.reference):,} reference pictures are training pictures of the audited "
+            f"prompts (first: {seen[0]}); a distance to them would praise memorization: take them out"
+        )
+
+
+def _thumbnail(picture: Picture) -> NDArray[np.int16]:
+    return resized(picture, _THUMBNAIL_PX).astype(np.int16).ravel()
+
+
+def _is_same(one: Picture, other: Picture) -> bool:
+    side = min(*one.shape[:2], *other.shape[:2])
+    return np.array_equal(resized(one, side), resized(other, side))
 
 
 def fid_and_kid(

@@ -3,7 +3,8 @@
 Two conventions are read: a NumPy archive with one array `images` beside a `captions.csv` whose rows are in the same
 order, and the ImageFolder convention of `datasets`, image files with a `metadata.csv` or `metadata.jsonl` (or a
 `captions.csv`) that names them in a column `file_name`. Archives are read without unpickling. Pictures are cut to their
-central square and averaged down to the size asked for.
+central square and averaged down to the size asked for. Where captions are of no matter, `find_pictures` names pictures
+and leaves them as they are.
 
 Nothing is downloaded, and no caption is changed.
 """
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TABLES = ("metadata.csv", "metadata.jsonl", "captions.csv")
+_IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +82,60 @@ def read_pictures(
     return pictures
 
 
+def find_pictures(path: str | Path) -> list[NDArray[numpy.uint8] | Path]:
+    """Find pictures whose captions are of no matter; files are named, not read, and nothing is resized.
+
+    Args:
+        path: a folder with image files at any depth, or with one `.npz` archive and no image files; an archive with an
+            array `images`; or a table (`.csv`, `.jsonl`) whose column `picture` or `file_name` names files relative to
+            it, several separated by `|`.
+
+    Returns:
+        At least one picture: paths of files, or arrays of shape (H, W, 3), uint8, RGB.
+
+    Raises:
+        DataError: if there is no picture, a file or column is missing, or an archive cannot be read.
+    """
+    path = Path(path)
+    found: list[NDArray[numpy.uint8] | Path] = []
+    if path.is_dir():
+        found += sorted(
+            one for one in path.rglob("*") if one.suffix.lower() in _IMAGE_FILES and one.is_file()
+        )
+        archives = [] if found else sorted(path.glob("*.npz"))
+        if len(archives) > 1:
+            names = ", ".join(archive.name for archive in archives)
+            raise DataError(f"{path} holds {len(archives)} archives ({names}); name one of them")
+        path = archives[0] if archives else path
+    if path.suffix.lower() == ".npz" and path.is_file():
+        found += [_colour(image) for image in _images(path)]
+    elif path.suffix.lower() in (".csv", ".jsonl") and path.is_file():
+        found += _named(path)
+    elif not path.is_dir():
+        raise DataError(
+            f"{path} holds no pictures or does not exist; expected a folder, a .npz archive, or a table (.csv, .jsonl)"
+        )
+    if not found:
+        raise DataError(f"{path} holds no pictures; expected image files ({', '.join(_IMAGE_FILES)})")
+    return found
+
+
+def _named(table: Path) -> list[Path]:
+    """Return the files that a table names."""
+    found: list[Path] = []
+    for number, row in enumerate(_csv_rows(table) if table.suffix.lower() == ".csv" else _json_rows(table)):
+        names = row.get("picture", row.get("file_name"))
+        if not isinstance(names, str):
+            raise DataError(
+                f"{table} row {number + 1} has neither picture nor file_name, only {sorted(row)}; name the picture"
+            )
+        found += [table.parent / name for name in names.split("|") if name]
+    missing = next((one for one in found if not one.is_file()), None)
+    if missing is not None:
+        raise DataError(f"{missing} does not exist, but {table} names it; add the picture or drop its row")
+    return found
+
+
 def _archive(path: Path, size_px: int) -> Path | None:
     """Return the archive that a path stands for, if any."""
     if path.suffix.lower() == ".npz" and path.is_file():
@@ -94,10 +150,23 @@ def _archive(path: Path, size_px: int) -> Path | None:
 
 def _from_archive(path: Path, size_px: int, caption_column: str, limit: int | None) -> list[Picture]:
     table = path.parent / "captions.csv"
-    rows = _csv_rows(table)
+    rows, images = _csv_rows(table), _images(path)
+    if len(rows) != len(images):
+        raise DataError(f"{path} holds {len(images)} pictures and {table} {len(rows)} rows; make them agree")
+    pictures: list[Picture] = []
+    for number, (row, image) in enumerate(zip(rows, images, strict=True)):
+        caption = _caption(row, caption_column, table, number)
+        if caption and (limit is None or len(pictures) < limit):
+            name = row.get("file") or row.get("file_name") or str(number)
+            pictures.append(Picture(caption, resized(_colour(image), size_px), str(name), str(path)))
+    return pictures
+
+
+def _images(path: Path) -> NDArray[numpy.uint8]:
+    """Return the pictures of an archive, shape (N, H, W, 3) or (N, H, W)."""
     try:
         with path.open("rb") as stream, numpy.load(stream, allow_pickle=False) as archive:
-            images = archive["images"]
+            images: NDArray[numpy.uint8] = archive["images"]
     except KeyError as error:
         raise DataError(f"{path} has no array 'images'; save the pictures under that name") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -106,16 +175,11 @@ def _from_archive(path: Path, size_px: int, caption_column: str, limit: int | No
         raise DataError(
             f"{path} holds {images.dtype} of shape {images.shape}; expected uint8 of shape (N, H, W, 3) or (N, H, W)"
         )
-    if len(rows) != len(images):
-        raise DataError(f"{path} holds {len(images)} pictures and {table} {len(rows)} rows; make them agree")
-    pictures: list[Picture] = []
-    for number, (row, image) in enumerate(zip(rows, images, strict=True)):
-        caption = _caption(row, caption_column, table, number)
-        if caption and (limit is None or len(pictures) < limit):
-            colour = image if image.ndim == 3 else numpy.stack([image] * 3, axis=-1)
-            name = row.get("file") or row.get("file_name") or str(number)
-            pictures.append(Picture(caption, resized(colour, size_px), str(name), str(path)))
-    return pictures
+    return images
+
+
+def _colour(image: NDArray[numpy.uint8]) -> NDArray[numpy.uint8]:
+    return image if image.ndim == 3 else numpy.stack([image] * 3, axis=-1)
 
 
 def _from_files(folder: Path, size_px: int, caption_column: str, limit: int | None) -> list[Picture]:

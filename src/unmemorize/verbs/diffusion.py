@@ -20,10 +20,17 @@ from unmemorize.verbs.answers import (
     upper_end,
 )
 from unmemorize.verbs.devices import dtype_of, on_device
+from unmemorize.verbs.picture_measures import (
+    PictureOptions,
+    alignment_of,
+    measures_of,
+    ordinary_group,
+    quality_of,
+    quality_words,
+    reference_of,
+)
 
 if TYPE_CHECKING:
-    from unmemorize.audit.prompt_alignment import ClipAlignment
-    from unmemorize.audit.similarity import SimilarityMeasure, SscdVariant
     from unmemorize.corpus.prompts import Prompt
     from unmemorize.localize.clusters import StoredResults
     from unmemorize.localize.passes import NemoSettings
@@ -234,38 +241,6 @@ def _gate_others(
     return [done[prompt.text] for prompt in prompts]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PictureOptions:
-    """Options of `audit` that only text-to-image models have; the verb says what they mean."""
-
-    neurons: Path | None = None
-    rivals: str = "placebo"
-    mended: Path | None = None
-    twin: Path | None = None
-    sscd: tuple[Path, ...] = ()
-    clip: str | None = None
-    num_seeds: int = 10
-    num_steps: int = 50
-    guidance: float = 7.0
-    size_px: int | None = None
-    copy_threshold: float | None = None
-    column: str | None = None
-    title: str = ""
-
-    @property
-    def copy_thresholds(self) -> dict[str, float]:
-        """The threshold that was named, for the measure that has no convention.
-
-        Raises:
-            ConfigError: if it is out of range.
-        """
-        if self.copy_threshold is None:
-            return {}
-        if not 0.0 < self.copy_threshold <= 1.0:
-            raise ConfigError(f"--copy-threshold is {self.copy_threshold}, expected above 0 and at most 1")
-        return {"structure": self.copy_threshold}
-
-
 @quietly
 def audit(
     progress: ProgressCallback,
@@ -280,7 +255,6 @@ def audit(
     from unmemorize.audit.diffusion import audit_pictures
     from unmemorize.audit.localized import localized_prompts, site_neurons
     from unmemorize.audit.pictures import PromptCase
-    from unmemorize.audit.ways import PictureAuditSettings
     from unmemorize.corpus.prompts import read_prompts
     from unmemorize.models.diffusion import find_sites, fingerprint
     from unmemorize.neurons import load_neurons
@@ -288,28 +262,25 @@ def audit(
 
     prompts = read_prompts(examples, column=options.column)
     neurons = load_neurons(options.neurons or out / "neurons.json")
-    pipe = opened(model, loading)
     groups = {prompt.text: prompt.group for prompt in prompts}
+    reference = reference_of(options.reference, groups.values())
+    pipe = opened(model, loading)
     found = _found(out, groups)
     others = pipelines(
         {"mended": options.mended, "twin": options.twin}, lambda folder: opened(folder, loading)
     )
     own = own_neurons(found.results, fingerprint(pipe), found.sites)
     ways = states(pipe, neurons, rivals=options.rivals, own=own if len(own) > 1 else None, others=others)
-    settings = PictureAuditSettings(
-        seeds=tuple(range(1000, 1000 + options.num_seeds)),
-        num_steps=options.num_steps,
-        guidance=options.guidance,
-        size_px=options.size_px,
-        copy_thresholds=options.copy_thresholds,
-    )
+    settings = options.settings()
+    alignment = alignment_of(options.clip, str(pipe.device))
     result = audit_pictures(
         [PromptCase(prompt=p.text, group=p.group, pictures=p.pictures) for p in prompts],
         ways,
         settings,
         out,
         measures=measures_of(options.sscd, str(pipe.device)),
-        alignment=alignment_of(options.clip, str(pipe.device)),
+        alignment=alignment,
+        quality=quality_of(reference, alignment),
         localized=[*localized_prompts(found.results, groups), *_gate_rows(out)],
         sites=site_neurons(found.sites or find_sites(pipe), neurons, found.results),
         gate_threshold=found.gate_threshold if found.results else None,
@@ -320,7 +291,9 @@ def audit(
     after = next(state for state in result.states if state.state == ("mended" if options.mended else "after"))
     rate = next((g.similarities[0].copy_rate_frac for g in after.groups if g.group == "target"), None)
     bar, code = bar_line("copies of targets", upper_end(rate), max_extraction)
-    lines = [result.verdict, *result.limits, *bar, str(out / "audit.json")]
+    words = [quality_words([ordinary_group(result, number)]) for number in range(len(result.states))]
+    quality = [f"{state.label}: {text}" for state, text in zip(result.states, words, strict=True) if text]
+    lines = [result.verdict, *quality, *result.limits, *bar, str(out / "audit.json")]
     return Answer(data=result.model_dump(mode="json"), lines=lines, exit_code=code)
 
 
@@ -347,32 +320,6 @@ def _gate_rows(out: Path) -> list[LocalizedPrompt]:
     return [
         LocalizedPrompt(**row, is_memorized=row["best_pair"] > threshold) for row in read_json_lines(path)
     ]
-
-
-def alignment_of(source: str | None, device: str) -> ClipAlignment | None:
-    """Return the CLIP model of a folder or hub name, if one is named."""
-    from unmemorize.audit.prompt_alignment import ClipAlignment
-
-    return None if source is None else ClipAlignment.load(source, device=device)
-
-
-def measures_of(files: Sequence[Path], device: str) -> list[SimilarityMeasure]:
-    """Return SSCD for every model file, its variant told by the file's name, then the measure that needs no file."""
-    from unmemorize.audit.similarity import sscd, structure
-
-    found: list[SimilarityMeasure] = []
-    for path in files:
-        variant: SscdVariant
-        if "disc_mixup" in path.name:
-            variant = "sscd_disc_mixup"
-        elif "disc_large" in path.name:
-            variant = "sscd_disc_large"
-        else:
-            raise ConfigError(
-                f"the name of {path} tells no SSCD variant; expected disc_mixup or disc_large in it, as released"
-            )
-        found.append(sscd(path, variant, device=device))
-    return [*found, structure()]
 
 
 @quietly

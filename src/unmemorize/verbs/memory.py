@@ -67,6 +67,13 @@ def audit(
     clip: Annotated[
         str | None, typer.Option(help="Pipeline: CLIP folder or hub name, for the alignment with prompts.")
     ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Pipeline: real pictures (folder, table, .npz), for FID and KID of ordinary prompts' pictures by the "
+            "features of --clip; never those of the targets."
+        ),
+    ] = None,
     num_seeds: Annotated[int, typer.Option(help="Pipeline: pictures per prompt and state.")] = 10,
     num_steps: Annotated[int, typer.Option(help="Pipeline: denoising steps.")] = 50,
     guidance: Annotated[float, typer.Option(help="Pipeline: guidance scale.")] = 7.0,
@@ -84,11 +91,21 @@ def audit(
     dtype: Annotated[Precision | None, typer.Option(help="With neurons: dtype of the weights.")] = None,
 ) -> Answer:
     """Measure what models reproduce of what they were trained on, in every state, with intervals."""
-    from unmemorize.verbs import diffusion, language, language_audit, picture_runs
+    from unmemorize.verbs import diffusion, language, language_audit, picture_measures, picture_runs
 
     target = folder_of(target)
     is_run = picture_runs.is_picture_run(Path(target))
     if family_of(target) != "diffusion" and not is_run:
+        _refuse_for_texts(
+            {
+                "--sscd": sscd,
+                "--clip": clip,
+                "--reference": reference,
+                "--size-px": size_px,
+                "--copy-threshold": copy_threshold,
+                "--column": column,
+            }
+        )
         compared = language_audit.NeuronAuditOptions(
             neurons=neurons,
             mended=mended,
@@ -107,13 +124,14 @@ def audit(
         return language.audit(progress, Path(target), examples, out, max_extraction, length or 256)
     if not is_run and (examples is None or out is None):
         raise ConfigError("to audit a pipeline give --examples FILE (prompts) and --out RUN")
-    options = diffusion.PictureOptions(
+    options = picture_measures.PictureOptions(
         neurons=neurons,
         rivals=rivals,
         mended=mended,
         twin=twin,
         sscd=tuple(sscd or ()),
         clip=clip,
+        reference=reference,
         num_seeds=num_seeds,
         num_steps=num_steps,
         guidance=guidance,
@@ -126,6 +144,15 @@ def audit(
         return picture_runs.audit(progress, Path(target), max_extraction, options, loading)
     assert examples is not None and out is not None
     return diffusion.audit(progress, target, examples, out, max_extraction, options, loading)
+
+
+def _refuse_for_texts(options: dict[str, object]) -> None:
+    """Refuse options of pictures that an audit of a language model would pass over."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: for pipelines and runs on pictures; leave out for a language model"
+        )
 
 
 def remove(

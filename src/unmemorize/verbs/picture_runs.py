@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from unmemorize.errors import ConfigError
 from unmemorize.verbs.answers import Answer, bar_line, figure_text, file_with_options, integers, upper_end
-from unmemorize.verbs.diffusion import Loading, PictureOptions, alignment_of, measures_of, quietly
+from unmemorize.verbs.diffusion import Loading, quietly
+from unmemorize.verbs.picture_measures import (
+    PictureOptions,
+    alignment_of,
+    measures_of,
+    ordinary_group,
+    quality_measures,
+    quality_of,
+    quality_words,
+    reference_of,
+)
 
 if TYPE_CHECKING:
     from unmemorize.records import Measure, PictureAudit, ProgressCallback
@@ -114,7 +124,6 @@ def audit(
 ) -> Answer:
     """Make pictures with every model of a run in every state and measure what they copy, seed by seed."""
     from unmemorize.audit.diffusion import audit_pictures
-    from unmemorize.audit.ways import PictureAuditSettings
     from unmemorize.files import read_json
     from unmemorize.verbs.picture_states import measured, ways_of
 
@@ -123,17 +132,13 @@ def audit(
     if max_extraction is not None and not any(name.startswith("sinks") for name in config["methods"]):
         raise ConfigError(f"--max-extraction is about closed sinks, and {run} trained none; leave it out")
     pictures = measured(run)
-    settings = PictureAuditSettings(
-        seeds=tuple(range(1000, 1000 + options.num_seeds)),
-        num_steps=options.num_steps,
-        guidance=options.guidance,
-        size_px=options.size_px,
-        copy_thresholds=options.copy_thresholds,
-    )
+    settings = options.settings()
+    reference = reference_of(options.reference, [case.group for case in pictures.cases])
     audits: list[PictureAudit] = []
     for seed in config["seeds"]:
         ways = list(ways_of(run, config["methods"], seed, pictures, loading))
         device = str(ways[0].pipe.device)
+        alignment = alignment_of(options.clip, device)
         audits.append(
             audit_pictures(
                 pictures.cases,
@@ -141,40 +146,47 @@ def audit(
                 settings,
                 run / "audits" / f"seed{seed}",
                 measures=measures_of(options.sscd, device),
-                alignment=alignment_of(options.clip, device),
+                alignment=alignment,
+                quality=quality_of(reference, alignment),
                 title=f"Audit of {run.name}, seed {seed}",
                 headline=next((way.state for way in ways[1:] if not way.is_rival), None),
                 limits=pictures.limits,
                 progress=progress,
             )
         )
-    copies, losses, lines = _over_seeds(audits)
+    figures, lines = _over_seeds(audits)
     bar, code = bar_line("copies of targets with sinks closed", _worst_closed(audits), max_extraction)
     folders = [str(run / "audits" / f"seed{seed}") for seed in config["seeds"]]
     verdicts = [audit.verdict for audit in audits]
     return Answer(
-        data={"audits": folders, "copies": copies, "validation_loss": losses},
+        data={"audits": folders, **figures},
         lines=[*verdicts, *lines, *bar, f"next: unmemorize report {run}"],
         exit_code=code,
     )
 
 
-Figures = dict[str, list[float]]
+def _over_seeds(audits: Sequence[PictureAudit]) -> tuple[dict[str, Any], list[str]]:
+    """Return what was measured by figure, state and seed, with reasons where there is none, and a line for each state.
 
-
-def _over_seeds(audits: Sequence[PictureAudit]) -> tuple[Figures, Figures, list[str]]:
-    """Return each state's copy rates and validation losses by seed, and a line for each state."""
-    copies: Figures = {}
-    losses: Figures = {}
+    Figures: copies, validation_loss, and where they were measured alignment, kid and fid of ordinary prompts.
+    """
+    figures: dict[str, dict[str, list[float]]] = {}
+    reasons: dict[str, dict[str, str]] = {}
     lines = []
     for number, state in enumerate(audits[0].states):
         rates = [_copies(audit, number) for audit in audits]
-        errors = [_validation_loss(audit, number) for audit in audits]
-        copies[state.state], losses[state.state] = _values(rates), _values(errors)
-        words = [f"copies {_mean(rates, '.2f')}", f"validation loss {_mean(errors, '.4f')}"]
-        words += [state.description] if state.description else []
+        ordinary = [ordinary_group(audit, number) for audit in audits]
+        losses = [None if group is None else group.denoising_loss for group in ordinary]
+        found = {"copies": rates, "validation_loss": losses, **quality_measures(ordinary)}
+        for name, measures in found.items():
+            figures.setdefault(name, {})[state.state] = _values(measures)
+            for measure in measures:
+                if measure is not None and measure.refused:
+                    reasons.setdefault(name, {})[state.state] = measure.refused
+        words = [f"copies {_mean(rates, '.2f')}", f"validation loss {_mean(losses, '.4f')}"]
+        words += [text for text in (quality_words(ordinary, _mean), state.description) if text]
         lines.append(f"{state.label}: {'; '.join(words)}")
-    return copies, losses, lines
+    return {**figures, "refused": reasons}, lines
 
 
 def _values(measures: Sequence[Measure | None]) -> list[float]:
@@ -209,11 +221,6 @@ def _refuse_for_pipelines(options: PictureOptions) -> None:
         raise ConfigError(
             f"{', '.join(given)}: for a pipeline; a run is audited with its own methods and states"
         )
-
-
-def _validation_loss(audit: PictureAudit, number: int) -> Measure | None:
-    groups = audit.states[number].groups
-    return next((g.denoising_loss for g in groups if g.group == "ordinary"), None)
 
 
 def _copies(audit: PictureAudit, number: int) -> Measure | None:

@@ -37,7 +37,7 @@ def demo(progress: ProgressCallback, out: Path, device: str) -> Answer:
     """Find, switch off, fold away and audit what the shipped pipeline has memorized, and report."""
     from unmemorize.report import write_report
     from unmemorize.testbeds.shipped import shipped_testbed
-    from unmemorize.verbs import diffusion
+    from unmemorize.verbs import diffusion, picture_measures
 
     shipped = shipped_testbed()
     model, twin = shipped.model("memorized"), shipped.model("twin")
@@ -49,7 +49,7 @@ def demo(progress: ProgressCallback, out: Path, device: str) -> Answer:
     neurons, plain = out / "neurons.json", out / "plain"
     if not plain.exists():
         diffusion.remove(progress, str(model), plain, neurons, "fold", False, None, None, None)
-    options = diffusion.PictureOptions(
+    options = picture_measures.PictureOptions(
         neurons=neurons,
         mended=plain,
         twin=twin,
