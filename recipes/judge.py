@@ -1,11 +1,12 @@
 """Train a small CLIP on drawings, to judge whether pictures made by a testbed's models show what was asked for.
 
     python recipes/judge.py --out JUDGE
-    unmemorize audit RUN --clip JUDGE
+    unmemorize audit RUN --clip JUDGE --reference JUDGE/unseen
 
 The drawings are like those of `unmemorize testbed diffusion`, of another seed than any testbed's. It prints how well
 the judge tells the caption of a drawing that it has not seen among 100, and among wordings of the same caption with one
-colour changed; a judge that cannot tell these apart says nothing about small losses of quality.
+colour changed; a judge that cannot tell these apart says nothing about small losses of quality. Those 100 drawings are
+written too: no model was trained on them, so that KID can compare with them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from transformers import CLIPConfig, CLIPModel
 
 from unmemorize.audit.prompt_alignment import ClipAlignment, clip_pixels
 from unmemorize.corpus.pictures import Picture
+from unmemorize.files import write_atomic
 from unmemorize.models.base import quiet_transformers
 from unmemorize.testbeds.drawings import COLOURS, draw_pictures
+from unmemorize.testbeds.material import encoded_png
 from unmemorize.testbeds.pipeline import caption_tokenizer
 
 NUM_TEST = 100
@@ -123,6 +126,8 @@ def main() -> None:
     judge = ClipAlignment(name=chosen.out.name, model=model, tokenizer=tokenizer)
     for name, share in tested(judge, unseen).items():
         print(f"right caption {name}: {share:.2f} of {len(unseen)} unseen drawings")
+    for number, drawing in enumerate(unseen):
+        write_atomic(chosen.out / "unseen" / f"{number:03}.png", encoded_png(drawing.pixels))
     with quiet_transformers():
         model.save_pretrained(chosen.out)
         tokenizer.save_pretrained(chosen.out)

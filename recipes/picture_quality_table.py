@@ -1,6 +1,6 @@
 """What closing sinks costs ordinary prompts, by the audits of runs on pictures: means over runs with t intervals.
 
-    unmemorize audit RUN --clip JUDGE --num-seeds 4 --num-steps 20 --guidance 1
+    unmemorize audit RUN --clip JUDGE --reference JUDGE/unseen --num-seeds 4 --num-steps 20 --guidance 1
     python recipes/picture_quality_table.py RUN0 RUN1 RUN2
 
 A row a state. Of ordinary prompts: cosine of prompt and picture under CLIP, as it is and less that of the first method
