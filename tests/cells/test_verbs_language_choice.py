@@ -11,6 +11,7 @@ from tests.cells.planted_texts import write_planted, write_rows
 from tests.cells.test_verbs import ask, refusal
 from unmemorize.cli import main
 from unmemorize.localize.neuron_scores import load_scores
+from unmemorize.localize.suffix import measured
 from unmemorize.neurons import load_neurons
 from unmemorize.records import TextLocalization
 
@@ -134,6 +135,40 @@ def test_search_finds_few_neurons_and_remembers_them(
     assert "searched for along the ranking by gradient" in (folder / "searched" / "report.html").read_text()
 
 
+def test_an_interrupted_search_measures_no_set_twice(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = ask(capsys, *search_words(folder, "whole", "--leave", "0.4"))["search"]
+    num_calls, stops_before = 0, 6
+
+    def count(*words: object, **more: object) -> object:
+        nonlocal num_calls
+        if num_calls == stops_before:
+            raise KeyboardInterrupt
+        num_calls += 1
+        return measured(*words, **more)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unmemorize.localize.recital.measured", count)
+        assert main(search_words(folder, "stopped", "--leave", "0.4")) == 130
+        assert capsys.readouterr().err.endswith("interrupted; run the same command again to continue\n")
+        kept = (folder / "stopped" / "search.jsonl").read_bytes()
+        assert len(kept.splitlines()) == 1 + 6 and not (folder / "stopped" / "neurons.json").exists()
+        stops_before = -1
+        found = ask(capsys, *search_words(folder, "stopped", "--leave", "0.4"))["search"]
+    assert {**found, "seconds": 0} == {**whole, "seconds": 0}
+    names = ("neurons.json", "examples.jsonl")
+    for name in names:
+        assert (folder / "stopped" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+    def without_seconds(out: str) -> list[dict]:
+        lines = (folder / out / "search.jsonl").read_text().splitlines()
+        return [{**json.loads(line), "seconds": 0} for line in lines]
+
+    assert without_seconds("stopped") == without_seconds("whole")
+    assert num_calls == len(without_seconds("whole")) - 1
+
+
 def test_a_search_that_reaches_nothing_says_so_and_may_be_asked_for_less(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,7 +176,7 @@ def test_a_search_that_reaches_nothing_says_so_and_may_be_asked_for_less(
     assert message.startswith("unmemorize: no set along the ranking by gradient leaves 0 of the likelihood")
     assert "with all 192 neurons off" in message and message.endswith("raise --leave, or skip fewer layers")
     left = {path.name for path in (folder / "hard").iterdir()}
-    assert left == {"config.json", "examples.jsonl", "scores"}
+    assert left == {"config.json", "examples.jsonl", "scores", "search.jsonl"}
     scores = folder / "hard" / "scores" / "gradient.safetensors"
     before = scores.stat().st_mtime_ns
     message = refusal(capsys, *search_words(folder, "hard", "--select", "global"))

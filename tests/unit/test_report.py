@@ -88,6 +88,32 @@ def test_hostile_text_stays_text(tmp_path: Path, audit: dict[str, Any]) -> None:
     assert "{{ 7 * 7 }}" in html and "w" * 300 not in html.split('type="application/json"')[0]
 
 
+def test_line_breaks_of_a_continuation_run_on_and_stay_in_its_text(
+    tmp_path: Path, audit: dict[str, Any]
+) -> None:
+    said = ["\n", "\n\n", "\n" * 40, " <end>", "\r\n", " " * 30, "\n"]
+    broken = json.loads(json.dumps(audit))
+    one = next(seed for seed in broken["methods"][-1]["seeds"] if seed["continuations"])["continuations"][0]
+    one["generated"] = {"off": said}
+    html = render([run_folder(tmp_path, broken)])
+    [passage] = [part for part in re.findall(r'<p class="text">(.*?)</p>', html, re.DOTALL) if "end" in part]
+    page = parsed(passage)
+    assert "".join(page.text) == "".join(said).replace("\r\n", "\n")
+    signs = r'<i class="nl"(?: data-n="([^"]*)")?><span>(\n+)</span></i>'
+    assert [(number, len(breaks)) for number, breaks in re.findall(signs, passage)] == [
+        *[("", 1)] * 3,
+        ("&times;40", 40),
+        *[("", 1)] * 2,
+    ]
+    assert "\n" not in re.sub(signs, "", passage)
+    assert f'<i class="run" data-n="&times;30"><span>{" " * 30}</span></i>' in passage
+    style = html.split("<style>")[1].split("</style>")[0]
+    assert '.nl::before { content: "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}" attr(data-n);' in style
+    assert re.search(
+        r"\.nl span, \.run span {[^}]*height: 1em; overflow: hidden;[^}]*white-space: pre;", style
+    )
+
+
 def test_policy_names_the_only_script_that_may_run(tmp_path: Path, audit: dict[str, Any]) -> None:
     import base64
     import hashlib

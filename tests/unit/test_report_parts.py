@@ -202,6 +202,11 @@ def test_tokens_equal_at_their_place_are_memorized() -> None:
 def test_white_space_and_control_characters_are_made_visible() -> None:
     assert token_of(" a\n").pieces == (("space", " "), ("text", "a"), ("newline", "\n"))
     assert token_of("\u0120the\u010a").pieces == (("space", " "), ("text", "the"), ("newline", "\n"))
+    assert token_of("\r\n\u2028\u0085").pieces == (("newline", "\n"),) * 3
+    assert token_of("\n" * 8).pieces == (("newline", "\n"),) * 8
+    assert token_of("a" + "\n" * 9).pieces == (("text", "a"), ("newline", "\n" * 9))
+    assert token_of(" " * 9 + "\t" * 9).pieces == (("space", " " * 9), ("space", "\t" * 9))
+    assert token_of("\u0120" * 9 + " \t").pieces == (("space", " " * 10), ("space", "\t"))
     assert token_of("\x00\x7f").pieces == (("control", "\u2400"), ("control", "\u2421"))
 
 

@@ -2,7 +2,8 @@
 
 The search is the one used for pictures (`search.py`), with another effect: how much of a recital is left when neurons
 are off, 1 when nothing has changed. It takes any ranking: outliers, as in NeMo, or the scores of another localizer.
-With several examples it looks for one set that breaks them all.
+With several examples it looks for one set that breaks them all. What `search_log.py` keeps, an interrupted search does
+not measure again.
 
 Source: Hintersdorf et al. 2024 (threshold search, refinement), for text-to-image models; both effects are ours.
 """
@@ -12,9 +13,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from unmemorize.corpus.memorized import MemorizedExample
 from unmemorize.errors import ConfigError
@@ -29,8 +33,9 @@ from unmemorize.localize.search import (
     select,
     smallest,
 )
-from unmemorize.localize.suffix import measured
-from unmemorize.models.language import MlpRow, require_same_model
+from unmemorize.localize.search_log import SearchLog
+from unmemorize.localize.suffix import device_of, measured
+from unmemorize.models.language import MlpRow, fingerprint, require_same_model
 from unmemorize.neurons import NeuronSet, Site
 from unmemorize.records import Progress, ProgressCallback
 
@@ -82,7 +87,7 @@ class Broken:
         is_broken: whether every effect is at most the threshold; if not, nothing tried reached it.
         threshold_frac: threshold used; where all candidates together did not reach the one asked for, what they did.
         num_evaluated: sets of neurons that were switched off.
-        cost: passes and seconds, without those of the scores.
+        cost: passes and seconds, without those of the scores; with those of an interrupted search that was continued.
     """
 
     neurons: NeuronSet
@@ -100,6 +105,7 @@ def smallest_set(
     settings: BreakSettings | None = None,
     *,
     row: MlpRow | None = None,
+    path: str | Path | None = None,
     progress: ProgressCallback | None = None,
 ) -> Broken:
     """Find a small set of neurons that breaks the recital of all examples, along a ranking.
@@ -110,11 +116,15 @@ def smallest_set(
         scores: any localizer's scores on this model; the search looks at neurons in their order.
         settings: by default half the likelihood, by bisection.
         row: site table row, for an architecture that the table does not know.
-        progress: called after every set that was switched off; how many there will be is not known.
+        path: file that gets a line after every set that was switched off, and that an interrupted search continues
+            from; what it holds of other weights, examples, devices or versions is begun anew.
+        progress: called after every set that was switched off, those that the file answers included; how many there
+            will be is not known.
 
     Raises:
         ConfigError: if growing sets are asked for with scores that are no outliers.
         NeuronSetMismatch: if the scores belong to another model.
+        RunFolderError: if the file cannot be written.
     """
     settings = settings or BreakSettings()
     require_same_model(NeuronSet(scores.model_id, {}), model, row)
@@ -123,7 +133,8 @@ def smallest_set(
             f"growing sets follow z-scores, these scores are by {scores.method!r}; use search='bisection'"
         )
     started = time.monotonic()
-    effect = _Effect(model, examples, scores, settings, progress)
+    log = SearchLog(path, {} if path is None else _inputs(model, examples, settings, row))
+    effect = _Effect(model, examples, scores, settings, log, progress)
     samples = range(len(examples))
     if settings.search == "bisection":
         found = smallest(
@@ -139,8 +150,24 @@ def smallest_set(
         is_broken=max(left) <= settings.threshold_frac,
         threshold_frac=threshold,
         num_evaluated=len(effect.sets_seen),
-        cost=ScoringCost(forward_equivalents=float(effect.num_passes), seconds=time.monotonic() - started),
+        cost=ScoringCost(
+            forward_equivalents=float(effect.num_passes),
+            seconds=time.monotonic() - started + log.earlier_s,
+        ),
     )
+
+
+def _inputs(
+    model: PreTrainedModel, examples: Sequence[MemorizedExample], settings: BreakSettings, row: MlpRow | None
+) -> dict[str, Any]:
+    """Return what measurements follow from, beside the neurons that are off."""
+    return {
+        "model_id": fingerprint(model, row),
+        "device": str(device_of(model)),
+        "examples": [example.digest for example in examples],
+        "batch_size": settings.batch_size,
+        "versions": {name: version(name) for name in ("unmemorize", "torch", "transformers")},
+    }
 
 
 def _grown(
@@ -161,7 +188,10 @@ def _grown(
 
 
 class _Effect:
-    """How much of each recital is left with neurons off; remembers what it has computed."""
+    """How much of each recital is left with neurons off; remembers what it has computed.
+
+    Sets and passes are counted as the search asks for them, whether the log answers or the model.
+    """
 
     def __init__(
         self,
@@ -169,14 +199,15 @@ class _Effect:
         examples: Sequence[MemorizedExample],
         scores: NeuronScores,
         settings: BreakSettings,
+        log: SearchLog,
         progress: ProgressCallback | None = None,
     ) -> None:
         self._model, self._examples, self._scores, self._settings = model, examples, scores, settings
-        self._progress = progress
+        self._log, self._progress = log, progress
         self._known: dict[tuple[int, frozenset[Neuron]], float] = {}
         self.num_passes = len(examples)
         self.sets_seen: set[frozenset[Neuron]] = set()
-        self._plain, _ = measured(model, examples, batch_size=settings.batch_size)
+        self._plain, _ = self._measured((), range(len(examples)))
 
     def neuron_set(self, neurons: Iterable[Neuron]) -> NeuronSet:
         indices: dict[Site, list[int]] = {}
@@ -188,13 +219,11 @@ class _Effect:
         off = frozenset(neurons)
         missing = [sample for sample in samples if (sample, off) not in self._known]
         if missing:
-            some = [self._examples[sample] for sample in missing]
-            gates: dict[Site, Any] = closed(self.neuron_set(off))
-            losses, recited = measured(self._model, some, batch_size=self._settings.batch_size, gates=gates)
+            losses, recited = self._measured(off, missing)
             if self._settings.effect == "likelihood":
                 left = (self._plain[missing] - losses).exp()
             else:
-                left = recited / torch.tensor([len(example.suffix) for example in some])
+                left = recited / torch.tensor([len(self._examples[sample].suffix) for sample in missing])
             self._known.update({(sample, off): float(e) for sample, e in zip(missing, left, strict=True)})
             self.num_passes += len(missing)
             if self._progress is not None and off not in self.sets_seen:
@@ -202,3 +231,13 @@ class _Effect:
                 self._progress(Progress("search", done, 0, "sets", f"{len(off)} neurons off"))
             self.sets_seen.add(off)
         return tuple(self._known[sample, off] for sample in samples)
+
+    def _measured(self, off: Iterable[Neuron], samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        neurons = self.neuron_set(off)
+
+        def measure() -> tuple[Tensor, Tensor]:
+            gates: dict[Site, Any] = closed(neurons)
+            some = [self._examples[sample] for sample in samples]
+            return measured(self._model, some, batch_size=self._settings.batch_size, gates=gates)
+
+        return self._log.measured(neurons, samples, measure)

@@ -1,7 +1,8 @@
 """Single documents: the sortable loss table, and continuations with memorized tokens marked.
 
 A generated token counts as memorized when it equals the training text at the same position, which is how
-verbatim extraction counts. White space becomes quiet visible signs, control characters their pictures.
+verbatim extraction counts. White space becomes quiet visible signs, control characters their pictures; line breaks do
+not break lines, so that whatever a model writes takes no more room than that many tokens of prose.
 Source: ours.
 """
 
@@ -21,6 +22,7 @@ SHOWN_ROWS = 50
 MAX_DOCUMENT_ROWS = 2000
 MAX_CONTINUATIONS = 24
 MAX_TOKEN_CHARACTERS = 200
+MAX_SIGNS = 8
 
 DocumentColumn = tuple[str, str, str]
 """Method, state and heading of one loss column of the document table."""
@@ -128,7 +130,10 @@ def _loss_cell(loss: float | None, full: float, tone: str) -> Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """One token as pieces of (kind, text); kind is text, space, newline or control."""
+    """One token as pieces of (kind, text); kind is text, space, newline or control.
+
+    A piece of white space is one character, or all of a run of more than `MAX_SIGNS`: one sign and a number.
+    """
 
     pieces: tuple[tuple[str, str], ...]
     is_memorized: bool = False
@@ -160,15 +165,18 @@ class Example:
     passages: tuple[Passage, ...]
 
 
+_BREAKS = re.compile("\r\n|[\u010a\u0085\u2028\u2029]")
+_RUN = rf"{{{MAX_SIGNS + 1},}}"
 _PIECES = re.compile(
-    r"(?P<newline>\r\n|\n)|(?P<space>[ \t])|(?P<control>[\x00-\x1f\x7f])|(?P<text>[^\x00-\x20\x7f]+)"
+    rf"(?P<newline>\n{_RUN}|\n)|(?P<space> {_RUN}|\t{_RUN}|[ \t])|(?P<control>[\x00-\x1f\x7f])"
+    r"|(?P<text>[^\x00-\x20\x7f]+)"
 )
 
 
 def token_of(text: str, *, is_memorized: bool = False) -> Token:
-    """Split a token's text into visible pieces; byte-level spellings of white space are undone."""
+    """Split a token's text into visible pieces; every kind of line break, and byte-level white space, becomes plain."""
     text = clip(text, MAX_TOKEN_CHARACTERS)
-    text = re.sub("^[\u0120\u2581]+", lambda found: " " * len(found[0]), text).replace("\u010a", "\n")
+    text = re.sub("^[\u0120\u2581]+", lambda found: " " * len(found[0]), _BREAKS.sub("\n", text))
     pieces = []
     for found in _PIECES.finditer(text):
         kind, piece = str(found.lastgroup), found[0]

@@ -1,8 +1,9 @@
 """`localize` for language models: which texts are memorized, and which neurons hold them.
 
 The run folder gets `config.json` (what the run is of), `examples.jsonl`, `scores/METHOD.safetensors`, `neurons.json`
-(the set of the first method, or of the search along it) and, last, `localization.json`. Scores that are there already
-are not computed again. The folder is kept by `language_runs.py`, neurons are chosen by `language_search.py`.
+(the set of the first method, or of the search along it) and, last, `localization.json`; a search keeps the sets that it
+tried in `search.jsonl`. Scores and sets that are there already are not computed again. The folder is kept by
+`language_runs.py`, neurons are chosen by `language_search.py`.
 """
 
 from __future__ import annotations

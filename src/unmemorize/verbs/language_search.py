@@ -59,6 +59,8 @@ def few_neurons(
 ) -> tuple[NeuronSet, NeuronSearch]:
     """Return few neurons that break the recital of all texts, those of the finished run in the folder or new ones.
 
+    Every set that was switched off is kept in `search.jsonl`, and an interrupted search continues there.
+
     Args:
         out: the run folder; what it holds is of this run.
         model: the model; it is left as it was.
@@ -83,9 +85,8 @@ def few_neurons(
             stored.search.neurons_per_layer,
         ):
             return neurons, stored.search
-    found = smallest_set(
-        model, chosen, scores, BreakSettings(threshold_frac=leave_frac, gives_up=True), progress=progress
-    )
+    settings = BreakSettings(threshold_frac=leave_frac, gives_up=True)
+    found = smallest_set(model, chosen, scores, settings, path=out / "search.jsonl", progress=progress)
     if not found.is_broken:
         raise DataError(
             f"no set along the ranking by {scores.method} leaves {leave_frac:.2g} of the likelihood or less in every "
