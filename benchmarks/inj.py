@@ -1,7 +1,7 @@
 """INJ: recall of all localizers of language models on texts injected into known neurons, one Markdown table.
 
     python benchmarks/inj.py [--types llama,gpt2] [--texts 10] [--first 0] [--share 0.01] [--methods a,b]
-    python benchmarks/inj.py --types gpt2 --gpt2-small --methods activations,gradient --texts 3
+    python benchmarks/inj.py --types gpt2 --gpt2-small --methods gradient,zero-out --candidates 1500 --texts 3
     python benchmarks/inj.py --model FOLDER --examples FILE.jsonl --tokenizer NAME
 
 By default small models of seeded random weights learn texts of random tokens (4 + 12). With --gpt2-small they have the
@@ -57,7 +57,9 @@ def table(name: str, model: object, examples: list[MemorizedExample], arguments:
         steps.append(injected.steps)
         if not injected.is_learned:
             print(f"text {number}: loss {injected.loss_nats:.3f} nats after {injected.steps} updates")
-        settings = LocalizeSettings(batch_size=64, seed=number, is_forced=True)
+        settings = LocalizeSettings(
+            batch_size=64, seed=number, is_forced=True, num_candidates=arguments.candidates
+        )
         for method in methods:
             extra = {}
             if method in COMPARED:
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--keep-norms", action="store_true")
     parser.add_argument("--gpt2-small", action="store_true")
     parser.add_argument("--methods", default="")
+    parser.add_argument("--candidates", type=int, help="neurons that zero-out tries, the best by gradient")
     parser.add_argument("--model", default="")
     parser.add_argument("--examples", default="")
     parser.add_argument("--tokenizer", default="")

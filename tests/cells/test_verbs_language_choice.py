@@ -67,6 +67,24 @@ def test_layers_are_left_out_by_choice_scores_and_curve(
     assert {point["method"] for point in curve} == {"gradient", "random", "magnitude"}
 
 
+def test_zero_out_tries_the_best_of_the_gradient_when_told_to(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--method", "zero-out,gradient", "--candidates", "12", "--select", "global", "--share", "0.03")
+    answer = ask(capsys, *words(folder, "candidates", *more))
+    zero_out, gradient = (
+        load_scores(folder / "candidates" / "scores" / f"{name}.safetensors")
+        for name in ("zero-out", "gradient")
+    )
+    assert set(zero_out.ranked()) == set(gradient.ranked()[:12])
+    assert answer["methods"][0]["forward_equivalents"] < 6 * 20  # six texts; all 192 neurons would be 6 * 193
+    assert "(candidates differ)" in refusal(capsys, *words(folder, "candidates", *more[:2], *more[4:]))
+    for wrong in (("--candidates", "0", "--method", "zero-out"), ("--candidates", "5")):
+        message = refusal(capsys, *words(folder, "none", *wrong))
+        assert "expected 1 or more, and zero-out among the methods" in message
+    assert not (folder / "none").exists()
+
+
 def test_choices_are_shown_and_another_choice_is_another_run(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,13 +53,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeuronOptions:
-    """Options of `localize` that only language models have; the verb says what they mean. `leave` None: no search."""
+    """Options of `localize` that only language models have; the verb says what they mean. `leave` None: no search.
+
+    `num_candidates`: neurons that zero-out tries, None for all.
+    """
 
     methods: str = "gradient"
     share: float = 0.01
     select: NeuronSelection = "per-layer"
     skip_layers: tuple[int, ...] = ()
     leave: float | None = None
+    num_candidates: int | None = None
     seed: int = 0
     cut: Cut = field(default_factory=Cut)
     is_forced: bool = False
@@ -176,6 +180,11 @@ def _known(options: NeuronOptions) -> list[str]:
         )
     if not 0 < options.share <= 1:
         raise ConfigError(f"share is {options.share}, expected a fraction above 0 and at most 1")
+    if options.num_candidates is not None and (options.num_candidates < 1 or "zero-out" not in names):
+        raise ConfigError(
+            f"candidates is {options.num_candidates}; it is how many neurons zero-out tries: expected 1 or more, and "
+            "zero-out among the methods"
+        )
     if options.leave is not None and not 0 <= options.leave < 1:
         raise ConfigError(f"leave is {options.leave}, expected a fraction from 0 to below 1")
     return names
@@ -217,7 +226,12 @@ def _scores(
     path = out / "scores" / f"{name}.safetensors"
     if path.is_file():
         return load_scores(path)
-    settings = LocalizeSettings(seed=options.seed, is_forced=True, exclude_layers=options.skip_layers)
+    settings = LocalizeSettings(
+        seed=options.seed,
+        is_forced=True,
+        exclude_layers=options.skip_layers,
+        num_candidates=options.num_candidates,
+    )
     statistics, spent, started = None, ScoringCost(), time.monotonic()
     if name in COMPARED:
         kept = (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from unmemorize.verbs.language_localize import NeuronOptions
 
 RUN_FORMAT, RUN_VERSION = "unmemorize.localize_run", 1
-_WITHOUT: dict[str, Any] = {"select": "per-layer", "skip_layers": [], "leave": None}
+_WITHOUT: dict[str, Any] = {"select": "per-layer", "skip_layers": [], "leave": None, "candidates": None}
 """Settings that runs of release 0.1 do not name, as they were."""
 
 
@@ -56,6 +56,7 @@ def start_run(
         "select": options.select,
         "skip_layers": list(options.skip_layers),
         "leave": options.leave,
+        "candidates": options.num_candidates,
         "seed": options.seed,
         "prefix_tokens": options.cut.prefix,
         "suffix_tokens": options.cut.suffix,

@@ -113,6 +113,12 @@ def localize(
         float | None,
         typer.Option(help="With --search: most of a target's likelihood that may be left, 0 to 1 (0.5)."),
     ] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            help="Language model: neurons that zero-out leaves out, the best by gradient; by default all."
+        ),
+    ] = None,
     prefix: Annotated[int, typer.Option(help="Language model: tokens of a text that are given.")] = 32,
     suffix: Annotated[int, typer.Option(help="Language model: tokens that it is to repeat.")] = 32,
     length: Annotated[int, typer.Option(help="Language model: tokens to which texts are cut.")] = 256,
@@ -137,15 +143,16 @@ def localize(
             select=select or "per-layer",
             skip_layers=tuple(sorted(set(integers(skip_layers) or ()))),
             leave=(0.5 if leave is None else leave) if search else None,
+            num_candidates=candidates,
             seed=seed,
             cut=texts.Cut(prefix=prefix, suffix=suffix, length=max(length, prefix + suffix)),
             is_forced=force,
         )
         return language_localize.localize(progress, model, examples, out, ordinary, wanted, device, dtype)
-    if search or any(given is not None for given in (select, skip_layers, leave)):
+    if search or any(given is not None for given in (select, skip_layers, leave, candidates)):
         raise ConfigError(
-            "--select, --skip-layers, --search and --leave choose neurons of language models; leave them out for a "
-            "pipeline"
+            "--select, --skip-layers, --search, --leave and --candidates choose neurons of language models; leave them "
+            "out for a pipeline"
         )
     options = diffusion.NemoOptions(
         mode=diffusion.mode_of(method),
