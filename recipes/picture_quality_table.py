@@ -1,11 +1,12 @@
 """What closing sinks costs ordinary prompts, by the audits of runs on pictures: means over runs with t intervals.
 
     unmemorize audit RUN --clip JUDGE --reference JUDGE/unseen --num-seeds 4 --num-steps 20 --guidance 1
-    python recipes/picture_quality_table.py RUN0 RUN1 RUN2
+    python recipes/picture_quality_table.py RUN0 RUN1 RUN2 --clip JUDGE
 
 A row a state. Of ordinary prompts: cosine of prompt and picture under CLIP, as it is and less that of the first method
 on the same run; likeness of a prompt's pictures to each other (lower is more diverse); likeness to the first method's
-picture of the same noise; KID, where it was measured; denoising loss less the first method's. Of targets: copies.
+picture of the same noise; KID, where it was measured; change of the denoising loss. Of targets: likeness of the best
+seed to the training picture. With `--clip` it also says what alignment real pictures have.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from picture_sinks_table import over
 
+from unmemorize.audit.pictures import read_picture
+from unmemorize.audit.prompt_alignment import ClipAlignment
 from unmemorize.records import Measure, PictureAudit, PictureGroup, load_any_audit
 
 Pick = Callable[[PictureGroup], Measure | None]
@@ -45,7 +48,7 @@ def relative_loss(group: PictureGroup) -> Measure | None:
 def table(audits: Sequence[PictureAudit]) -> list[str]:
     """Lay out a row for every state."""
     columns: list[tuple[str, str, Pick, int, str]] = [
-        ("copies of targets", "target", lambda group: group.similarities[0].copy_rate_frac, 2, ""),
+        ("likeness to targets", "target", lambda group: group.similarities[0].copy_similarity, 2, ""),
         ("alignment", "ordinary", lambda group: group.alignment, 3, ""),
         ("alignment, change", "ordinary", lambda group: group.alignment_change, 3, ""),
         ("likeness between seeds", "ordinary", lambda group: group.similarities[0].seed_similarity, 3, ""),
@@ -63,20 +66,35 @@ def table(audits: Sequence[PictureAudit]) -> list[str]:
     return lines
 
 
+def bounds(clip: str, runs: Sequence[Path], audits: Sequence[PictureAudit]) -> str:
+    """Say what alignment real pictures of ordinary prompts have, with their own prompt and with the next one's."""
+    judge, own, other = ClipAlignment.load(clip), [], []
+    for run, audit in zip(runs, audits, strict=True):
+        rows = [row for row in audit.prompts if row.group == "ordinary" and row.picture]
+        prompts = [row.prompt for row in rows]
+        real = [read_picture(run / row.picture) for row in rows]
+        own.append(float(judge.scores(prompts, real).mean()))
+        other.append(float(judge.scores(prompts[1:] + prompts[:1], real).mean()))
+    return f"Alignment of real pictures: {over(own, 3)}; of real pictures with another's prompt: {over(other, 3)}."
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--clip", help="folder of the CLIP model, for what real pictures have")
     chosen = parser.parse_args()
+    folders = [path.parent for run in chosen.runs for path in sorted(run.glob("audits/seed*/audit.json"))]
     audits = []
-    for run in chosen.runs:
-        for path in sorted(run.glob("audits/seed*/audit.json")):
-            audit = load_any_audit(path)
-            assert isinstance(audit, PictureAudit), f"{path} is no audit of pictures"
-            audits.append(audit)
+    for folder in folders:
+        audit = load_any_audit(folder / "audit.json")
+        assert isinstance(audit, PictureAudit), f"{folder} holds no audit of pictures"
+        audits.append(audit)
     print("\n".join(table(audits)))
+    if chosen.clip:
+        print(f"\n{bounds(chosen.clip, folders, audits)}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
 from unmemorize.isolate.sink_files import load_with_sinks
 from unmemorize.isolate.states import State as SinkState
 from unmemorize.isolate.train_diffusion import PictureTrainSettings, split_pictures, train
-from unmemorize.models.diffusion import Kind, load
+from unmemorize.models.diffusion import Kind, load, quiet_diffusers
 from unmemorize.neurons import load_neurons
 from unmemorize.remove.diffusion import deactivated
 from unmemorize.remove.diffusion_edits import edit_values
@@ -291,9 +291,9 @@ def main() -> None:
     mixture = replace(
         MIXTURE, num_repeated=chosen.num_repeated, repeats=chosen.repeats, num_once=chosen.num_once
     )
-    run_all(
-        chosen.testbeds, chosen.out, chosen.variants.split(), chosen.rivals.split(), mixture, chosen.passes
-    )
+    variants, rivals = chosen.variants.split(), chosen.rivals.split()
+    with quiet_diffusers():
+        run_all(chosen.testbeds, chosen.out, variants, rivals, mixture, chosen.passes)
 
 
 if __name__ == "__main__":

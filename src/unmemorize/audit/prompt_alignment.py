@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from unmemorize.audit.pictures import Picture, short_side_crop
 from unmemorize.audit.statistics import Floats
 from unmemorize.errors import ModelNotSupported, ShapeMismatch
+from unmemorize.models.base import quiet_transformers
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, per colour
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -57,8 +58,9 @@ class ClipAlignment:
         from transformers import AutoTokenizer, CLIPModel
 
         try:
-            model = CLIPModel.from_pretrained(str(source))
-            tokenizer = AutoTokenizer.from_pretrained(str(source))
+            with quiet_transformers():
+                model = CLIPModel.from_pretrained(str(source))
+                tokenizer = AutoTokenizer.from_pretrained(str(source))
         except (OSError, ValueError) as error:
             text = str(error).strip().splitlines()
             raise ModelNotSupported(
