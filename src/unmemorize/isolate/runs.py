@@ -16,7 +16,8 @@ from typing import Any
 from unmemorize.errors import ConfigError, FileFormatError
 from unmemorize.files import read_json
 from unmemorize.isolate.engine import environment
-from unmemorize.isolate.loop import TRAINING_FILE, TrainedRun, read_training
+from unmemorize.isolate.jobs import TRAINING_FILE
+from unmemorize.isolate.loop import TrainedRun, read_training
 from unmemorize.isolate.run_folder import (
     CONFIG_FILE,
     EXAMPLES_FILE,

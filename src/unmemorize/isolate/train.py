@@ -23,14 +23,9 @@ from unmemorize.corpus import Document, Mixture, mix, read_corpus
 from unmemorize.errors import ConfigError, ModelNotSupported, RunFolderError
 from unmemorize.files import read_json, write_atomic, write_json
 from unmemorize.isolate.engine import make_accelerator
+from unmemorize.isolate.jobs import TRAINING_FILE
 from unmemorize.isolate.language import grow, plan_sinks
-from unmemorize.isolate.loop import (
-    TRAINING_FILE,
-    Job,
-    TrainedRun,
-    read_training,
-    train_method,
-)
+from unmemorize.isolate.loop import Job, TrainedRun, read_training, train_method
 from unmemorize.isolate.methods import Method, parse_method
 from unmemorize.isolate.packing import Pair, Row, pack
 from unmemorize.isolate.plan import SinkPlan

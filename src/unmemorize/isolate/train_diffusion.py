@@ -32,10 +32,10 @@ from unmemorize.errors import ConfigError, DataError, RunFolderError, missing_ex
 from unmemorize.files import read_json, write_atomic, write_json
 from unmemorize.isolate.diffusion import grow, plan_sinks
 from unmemorize.isolate.engine import environment, make_accelerator
+from unmemorize.isolate.jobs import TRAINING_FILE
 from unmemorize.isolate.methods import Method, MethodSettings, parse_method
 from unmemorize.isolate.picture_data import Captioned, PictureData, encode_pictures, schedule
 from unmemorize.isolate.picture_loop import (
-    TRAINING_FILE,
     PictureJob,
     TrainedPictures,
     read_picture_training,
