@@ -33,8 +33,8 @@ from unmemorize.verbs.picture_measures import (
 if TYPE_CHECKING:
     from unmemorize.corpus.prompts import Prompt
     from unmemorize.localize.clusters import StoredResults
+    from unmemorize.localize.neuron_statistics import NeuronStatistics
     from unmemorize.localize.passes import NemoSettings
-    from unmemorize.localize.scores import NeuronStatistics
     from unmemorize.models.denoising import Pipeline
     from unmemorize.neurons import NeuronSet, Site
     from unmemorize.records import LocalizedPrompt, ProgressCallback
@@ -181,7 +181,7 @@ def _statistics(
 ) -> NeuronStatistics:
     """Return activation statistics: those of a file, or of the ordinary prompts, kept in the run folder."""
     from unmemorize.localize.activations import collect_statistics
-    from unmemorize.localize.scores import import_statistics, load_statistics
+    from unmemorize.localize.neuron_statistics import import_statistics, load_statistics
 
     given = options.statistics
     if given is not None:
