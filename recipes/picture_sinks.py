@@ -37,11 +37,13 @@ from unmemorize.files import append_json_line, read_json_lines
 from unmemorize.isolate.diffusion import sink_state
 from unmemorize.isolate.methods import MethodSettings
 from unmemorize.isolate.picture_data import PictureBatch, PictureData, draw_batch, encode_pictures, row_losses
+from unmemorize.isolate.picture_schedule import split_pictures
+from unmemorize.isolate.picture_settings import PictureTrainSettings
 from unmemorize.isolate.plan import SinkSettings
 from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
 from unmemorize.isolate.sink_files import load_with_sinks
 from unmemorize.isolate.states import State as SinkState
-from unmemorize.isolate.train_diffusion import PictureTrainSettings, split_pictures, train
+from unmemorize.isolate.train_diffusion import train
 from unmemorize.models.diffusion import Kind, load
 from unmemorize.neurons import load_neurons
 from unmemorize.remove.diffusion import deactivated

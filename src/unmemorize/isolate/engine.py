@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +48,18 @@ def make_accelerator(
             "training_sinks"
         )
     return accelerator
+
+
+@contextmanager
+def tracked(accelerator: Accelerator, records: RecordSettings, name: str) -> Iterator[None]:
+    """Give one training of a command a run of its own in the tracker, if one was asked for."""
+    if records.tracker is None:
+        yield
+        return
+    accelerator.init_trackers(name)
+    yield
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def environment() -> dict[str, str]:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from unmemorize.errors import ConfigError
-from unmemorize.files import append_json_line, read_json_lines, write_atomic, write_json
+from unmemorize.files import append_json_line, read_json_lines, write_json, write_json_lines
 from unmemorize.isolate.checkpoints import Standing, load_checkpoint, newest_checkpoint, write_checkpoint
 from unmemorize.isolate.jobs import TRAINING_FILE, TrainingJob
 from unmemorize.isolate.methods import RoutedGradients
@@ -143,9 +143,7 @@ class Training(ABC, Generic[J]):
         path = self.job.folder / METRICS_FILE
         if self._accelerator.is_main_process and path.is_file():
             kept = [row for row in read_json_lines(path) if row.get("step", 0) <= self._standing.step]
-            write_atomic(path, "")
-            for row in kept:
-                append_json_line(path, row)
+            write_json_lines(path, kept)
         self._accelerator.wait_for_everyone()
 
     def run(self) -> None:
