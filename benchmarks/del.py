@@ -19,7 +19,7 @@ import torch
 
 from unmemorize.audit.deletion import Deletion, DeletionSettings, delete_each, memorized
 from unmemorize.audit.model import read_examples
-from unmemorize.isolate.runs import model_folder
+from unmemorize.isolate.run_folder import model_folder
 from unmemorize.models.language import find_mlps, load, signature
 from unmemorize.neurons import NeuronSet, load_neurons
 from unmemorize.records import Measure

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from unmemorize.localize.diffusion import localize
+from unmemorize.localize.neuron_statistics import import_statistics
 from unmemorize.localize.passes import NemoSettings, first_step
 from unmemorize.localize.results import PromptResult
-from unmemorize.localize.scores import import_statistics, map_similarity
+from unmemorize.localize.scores import map_similarity
 from unmemorize.models.diffusion import find_sites, load
 
 COLUMNS = (

@@ -35,7 +35,7 @@ from unmemorize.corpus.prompts import Prompt, read_prompts
 from unmemorize.files import write_atomic
 from unmemorize.localize.grouping import clusters
 from unmemorize.records import PictureAudit, load_any_audit
-from unmemorize.verbs import diffusion, picture_measures
+from unmemorize.verbs import diffusion, picture_localize, picture_measures
 
 RIVALS = "placebo first-layer padding tokens:1 tokens:4 tokens:10 adjusted"
 
@@ -71,10 +71,12 @@ def main(words: list[str] | None = None) -> Path:
     progress = ProgressPrinter(sys.stderr)
     loading = diffusion.Loading(device=chosen.device)
     examples, prompts = _examples(chosen)
-    found = diffusion.NemoOptions(
+    found = picture_localize.NemoOptions(
         mode=chosen.method, statistics=chosen.statistics, num_calibration=chosen.calibrate
     )
-    diffusion.localize(progress, chosen.model, examples, chosen.out, _apart(chosen, prompts), found, loading)
+    picture_localize.localize(
+        progress, chosen.model, examples, chosen.out, _apart(chosen, prompts), found, loading
+    )
     neurons, plain = chosen.out / "neurons.json", chosen.out / "plain"
     if not plain.exists():
         diffusion.remove(progress, chosen.model, plain, neurons, "fold", False, None, None, None)

@@ -37,11 +37,13 @@ from unmemorize.files import append_json_line, read_json_lines
 from unmemorize.isolate.diffusion import sink_state
 from unmemorize.isolate.methods import MethodSettings
 from unmemorize.isolate.picture_data import PictureBatch, PictureData, draw_batch, encode_pictures, row_losses
+from unmemorize.isolate.picture_schedule import split_pictures
+from unmemorize.isolate.picture_settings import PictureTrainSettings
 from unmemorize.isolate.plan import SinkSettings
 from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
 from unmemorize.isolate.sink_files import load_with_sinks
 from unmemorize.isolate.states import State as SinkState
-from unmemorize.isolate.train_diffusion import PictureTrainSettings, split_pictures, train
+from unmemorize.isolate.train_diffusion import train
 from unmemorize.models.diffusion import Kind, load, quiet_diffusers
 from unmemorize.neurons import load_neurons
 from unmemorize.remove.diffusion import deactivated
@@ -50,7 +52,7 @@ from unmemorize.remove.diffusion_moments import collect_second_moments
 from unmemorize.testbeds.diffusion import Testbed, load_testbed
 from unmemorize.testbeds.material import gather
 from unmemorize.testbeds.verification import CopySettings, copy_errors, make_pictures
-from unmemorize.verbs import diffusion
+from unmemorize.verbs import diffusion, picture_localize
 
 MIXTURE = MixtureSettings(num_repeated=8, repeats=500, num_once=1000, num_validation=100)
 
@@ -168,8 +170,8 @@ def nemo_neurons(run: Path, testbed: Testbed, prompts: list[str]) -> Any:
         (out / "targets.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
         model, loading = str(run / "models" / "standard-seed0" / "pipeline"), diffusion.Loading(device="cpu")
         ordinary = testbed.folder / "captions.txt"
-        options = diffusion.NemoOptions()
-        diffusion.localize(lambda _: None, model, out / "targets.txt", out, ordinary, options, loading)
+        options = picture_localize.NemoOptions()
+        picture_localize.localize(lambda _: None, model, out / "targets.txt", out, ordinary, options, loading)
     return load_neurons(out / "neurons.json")
 
 

@@ -38,7 +38,8 @@ from unmemorize.files import append_json_line, read_json_lines
 from unmemorize.isolate.language import sink_state
 from unmemorize.isolate.methods import parse_method
 from unmemorize.isolate.plan import load_plan
-from unmemorize.isolate.runs import model_folder, read_run
+from unmemorize.isolate.run_folder import model_folder
+from unmemorize.isolate.runs import read_run
 from unmemorize.isolate.states import State
 from unmemorize.localize.language import localize
 from unmemorize.localize.methods import COMPARED

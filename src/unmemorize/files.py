@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,6 +93,12 @@ def read_json(path: str | Path, *, format: str, version: int) -> dict[str, Any]:
             f"{path} has {format} version {value.get('format_version')!r}, this release reads version {version}"
         )
     return value
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Any]) -> Path:
+    """Write JSON Lines atomically, one line a row; NaN and infinity are refused, as by `write_json`."""
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    return write_atomic(path, "".join(lines))
 
 
 def append_json_line(path: str | Path, value: Any) -> None:

@@ -20,9 +20,9 @@ from unmemorize.localize.language import METHODS, LocalizeSettings, localize, lo
 from unmemorize.localize.masks import MaskSettings
 from unmemorize.localize.methods import COMPARED
 from unmemorize.localize.neuron_scores import NeuronScores
+from unmemorize.localize.neuron_statistics import NeuronStatistics
 from unmemorize.localize.ordinary import collect_statistics
 from unmemorize.localize.outliers import mean_activations
-from unmemorize.localize.scores import NeuronStatistics
 from unmemorize.localize.suffix import measured
 from unmemorize.models.language import find_mlps
 from unmemorize.neurons import NeuronSet

@@ -22,9 +22,10 @@ import torch
 
 from unmemorize.localize.activations import activations_of, collect_statistics
 from unmemorize.localize.diffusion import localize
+from unmemorize.localize.neuron_statistics import import_statistics
 from unmemorize.localize.passes import NemoSettings, first_step
 from unmemorize.localize.results import PromptResult
-from unmemorize.localize.scores import import_statistics, map_similarity, pair_similarities, z_scores
+from unmemorize.localize.scores import map_similarity, pair_similarities, z_scores
 from unmemorize.localize.search import Entries, SearchSettings, candidate_sets, refine, select
 from unmemorize.models.diffusion import find_sites, fingerprint, load
 from unmemorize.neurons import NeuronSet

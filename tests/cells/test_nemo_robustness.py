@@ -13,7 +13,7 @@ import pytest
 from tests.tiny_diffusion import tiny_clip, tiny_pipeline
 from unmemorize.audit.pictures import write_picture
 from unmemorize.records import PictureAudit, load_any_audit
-from unmemorize.verbs import diffusion
+from unmemorize.verbs import diffusion, picture_localize
 
 # Euler's schedule in diffusers converts tensors in a way that NumPy 2 warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -45,13 +45,13 @@ def run_folder(folder: Path) -> Path:
     run.mkdir()
     table = write_table(run / "prompts.csv", ["a photo of the lighthouse", "stone garden"], group="target")
     (folder / "ordinary.csv").write_text("caption\na red cat\nthe blue house\nriver stone\n")
-    options = diffusion.NemoOptions(threshold=-1.0, num_samples=2)
+    options = picture_localize.NemoOptions(threshold=-1.0, num_samples=2)
     loading = diffusion.Loading(device="cpu")
 
     def tell(_: object) -> None: ...
 
     pipe = str(folder / "pipe")
-    diffusion.localize(tell, pipe, table, run, folder / "ordinary.csv", options, loading)
+    picture_localize.localize(tell, pipe, table, run, folder / "ordinary.csv", options, loading)
     diffusion.remove(tell, pipe, run / "plain", run / "neurons.json", "fold", False, None, None, None)
     return run
 

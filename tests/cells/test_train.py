@@ -18,12 +18,14 @@ from unmemorize.corpus import MixtureSettings
 from unmemorize.errors import ConfigError, DataError, ModelNotSupported, PoolExhausted, RunFolderError
 from unmemorize.files import read_json_lines
 from unmemorize.isolate import steps
+from unmemorize.isolate.initial_model import build_model
 from unmemorize.isolate.language import grow, plan_sinks, training_sinks
 from unmemorize.isolate.loop import Job, train_method
 from unmemorize.isolate.methods import MethodSettings, parse_method
 from unmemorize.isolate.packing import pack, to_batch
 from unmemorize.isolate.plan import SinkSettings, load_plan
-from unmemorize.isolate.runs import model_folder, read_run, trained_runs
+from unmemorize.isolate.run_folder import model_folder
+from unmemorize.isolate.runs import read_run, trained_runs
 from unmemorize.isolate.settings import (
     CorpusSettings,
     ModelSettings,
@@ -33,7 +35,7 @@ from unmemorize.isolate.settings import (
     demo_settings,
 )
 from unmemorize.isolate.steps import loss_sum, mean_loss_nats, require_packing
-from unmemorize.isolate.train import build_model, train
+from unmemorize.isolate.train import train
 from unmemorize.records import Progress
 
 TINY = {

@@ -36,12 +36,13 @@ from unmemorize.isolate.picture_data import (
     encode_pictures,
     num_levels,
     row_losses,
-    schedule,
 )
+from unmemorize.isolate.picture_schedule import schedule, split_pictures
+from unmemorize.isolate.picture_settings import PictureTrainSettings
 from unmemorize.isolate.plan import SinkSettings
 from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
 from unmemorize.isolate.sink_files import load_with_sinks
-from unmemorize.isolate.train_diffusion import PictureTrainSettings, split_pictures, train
+from unmemorize.isolate.train_diffusion import train
 from unmemorize.models.denoising import denoiser_of
 from unmemorize.models.diffusion import fingerprint, load
 

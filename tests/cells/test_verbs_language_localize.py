@@ -13,7 +13,7 @@ from tests.cells.test_verbs import ask, refusal
 from unmemorize.cli import main
 from unmemorize.localize.methods import COMPARED
 from unmemorize.localize.neuron_scores import load_scores
-from unmemorize.localize.scores import load_statistics
+from unmemorize.localize.neuron_statistics import load_statistics
 from unmemorize.models.language import fingerprint, load
 from unmemorize.neurons import load_neurons
 from unmemorize.records import NeuronAudit, load_any_audit

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmemorize.errors import FileFormatError, RunFolderError
-from unmemorize.files import append_json_line, read_json, read_json_lines, write_atomic, write_json
+from unmemorize.files import (
+    append_json_line,
+    read_json,
+    read_json_lines,
+    write_atomic,
+    write_json,
+    write_json_lines,
+)
 
 HEAD = {"format": "unmemorize.example", "format_version": 1}
 
@@ -125,6 +132,18 @@ def test_json_lines_round_trip_with_unusual_line_separators(tmp_path: Path) -> N
         append_json_line(path, row)
     assert read_json_lines(path) == ROWS
     assert path.read_bytes().count(b"\n") == len(ROWS)
+
+
+def test_json_lines_are_written_as_they_are_appended_and_all_or_none(tmp_path: Path) -> None:
+    rows = [{"text": "Grüße\u2028"}, {"n": 1}]
+    for row in rows:
+        append_json_line(tmp_path / "appended.jsonl", row)
+    path = write_json_lines(tmp_path / "written.jsonl", rows)
+    assert path.read_bytes() == (tmp_path / "appended.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json_lines(path, [{"n": 2}, {"n": float("nan")}])
+    assert read_json_lines(path) == rows
+    assert read_json_lines(write_json_lines(path, [])) == []
 
 
 def test_every_possible_tear_keeps_whole_rows_and_lets_appending_continue(tmp_path: Path) -> None:

@@ -138,8 +138,8 @@ def test_the_harness_runs_the_folder_and_agrees_with_the_audit(tmp_path: Path) -
     from lm_eval.tasks import TaskManager
 
     from unmemorize.audit.language import extract
+    from unmemorize.isolate.initial_model import build_model
     from unmemorize.isolate.settings import ModelSettings
-    from unmemorize.isolate.train import build_model
 
     made = train_tokenizer(TEXTS * 4, 300, tmp_path / "tokenizer")
     model = build_model(ModelSettings(length_tokens=64, rows="padded"), made, 0)

@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmemorize.errors import ConfigError, FileFormatError, ShapeMismatch
+from unmemorize.localize.neuron_statistics import NeuronStatistics, import_statistics, load_statistics
 from unmemorize.localize.scores import (
-    NeuronStatistics,
     best_match,
-    import_statistics,
-    load_statistics,
     map_similarity,
     mean_absolute,
     pair_similarities,

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from unmemorize.audit.examples import GROUPS, Example, check_examples
 from unmemorize.errors import ConfigError, DataError, RunFolderError
-from unmemorize.files import write_atomic
+from unmemorize.files import write_atomic, write_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,8 +131,7 @@ def write_harness_tasks(
         )
     tasks: list[str] = []
     for kept, documents in rows.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in documents]
-        data = write_atomic(folder / f"{kept}.jsonl", "".join(lines))
+        data = write_json_lines(folder / f"{kept}.jsonl", documents)
         for kind, text in _tasks(name, kept, data, suffix_tokens).items():
             write_atomic(folder / f"{name}_{kept}_{kind}.yaml", text)
             tasks.append(f"{name}_{kept}_{kind}")

@@ -107,7 +107,7 @@ def _places(neurons: NeuronSet | None) -> list[Any]:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    from unmemorize.isolate.runs import environment
+    from unmemorize.isolate.engine import environment
 
     return {"unmemorize": version("unmemorize"), **environment()}
 

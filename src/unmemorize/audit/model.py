@@ -23,7 +23,7 @@ from unmemorize.audit.training import decoder
 from unmemorize.errors import DataError
 from unmemorize.files import read_json_lines
 from unmemorize.ids import content_id
-from unmemorize.isolate.runs import environment
+from unmemorize.isolate.engine import environment
 from unmemorize.models.language import fingerprint
 from unmemorize.records import Audit, GroupResult, Measure, MethodResult, MethodSummary, SeedResult
 from unmemorize.tokenizer import encode_documents

@@ -33,11 +33,13 @@ from unmemorize.audit.examples import (
 from unmemorize.audit.language import audit_state, document_losses, extract
 from unmemorize.errors import RunFolderError
 from unmemorize.files import read_json_lines, write_atomic
+from unmemorize.isolate.engine import environment
 from unmemorize.isolate.language import sink_state
 from unmemorize.isolate.loop import read_training
 from unmemorize.isolate.methods import Method, parse_method
 from unmemorize.isolate.plan import SinkPlan, load_plan
-from unmemorize.isolate.runs import environment, model_folder, read_run
+from unmemorize.isolate.run_folder import model_folder
+from unmemorize.isolate.runs import read_run
 from unmemorize.isolate.settings import TrainSettings
 from unmemorize.isolate.states import State
 from unmemorize.models.language import load

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-from unmemorize.errors import CheckpointMismatch, ConfigError
+from unmemorize.errors import ConfigError
 from unmemorize.isolate.settings import RecordSettings
 
 if TYPE_CHECKING:
@@ -50,54 +50,16 @@ def make_accelerator(
     return accelerator
 
 
-class Training(Protocol):
-    """What every training offers to `train_to_end`."""
-
-    def attached(self) -> AbstractContextManager[Any]:
-        """Open the block in which the model trains."""
-
-    def restore(self) -> None:
-        """Continue from the last checkpoint, if there is one."""
-
-    def run(self) -> None:
-        """Make the steps that are left."""
-
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint, unless weights are just changing."""
-
-    def finish(self) -> None:
-        """Write the finished model."""
-
-
-def train_to_end(make: Callable[[], Training], accelerator: Accelerator) -> None:
-    """Run a training, or continue it; the caller's random state is left as it was.
-
-    Ctrl-C writes a checkpoint on the way out, unless it falls into the instant in which weights change; then the
-    checkpoint before it counts.
-    """
-    devices = [] if accelerator.device.type == "cpu" else [accelerator.device]
-    with torch.random.fork_rng(devices=devices):
-        training = make()
-        with training.attached():
-            training.restore()
-            try:
-                training.run()
-            except KeyboardInterrupt:
-                training.save_checkpoint()
-                raise
-    if accelerator.is_main_process:
-        training.finish()
-    accelerator.wait_for_everyone()
-
-
-def require_identity(folder: Path, value: Mapping[str, Any], identity: Mapping[str, str] | None) -> None:
-    """Raise `CheckpointMismatch` if what a finished training says of itself is not the training that is asked for."""
-    for part, ours in (identity or {}).items():
-        theirs = value.get("identity", {}).get(part)
-        if theirs != ours:
-            raise CheckpointMismatch(
-                f"{folder} holds another training: {part} is {theirs} there and {ours} here; choose another folder"
-            )
+@contextmanager
+def tracked(accelerator: Accelerator, records: RecordSettings, name: str) -> Iterator[None]:
+    """Give one training of a command a run of its own in the tracker, if one was asked for."""
+    if records.tracker is None:
+        yield
+        return
+    accelerator.init_trackers(name)
+    yield
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What training on captioned pictures needs in memory: latents, encoded captions, ids, the schedule, and the loss.
+"""What training on captioned pictures needs in memory: latents, encoded captions, ids, batches, and the loss.
 
     epsilon, v, sample     noisy = sqrt(a) x + sqrt(1 - a) noise     a: the scheduler's cumulative product at t
     flow                   noisy = (1 - s) x + s noise, target noise - x     s = (t + 1) / number of timesteps
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -160,32 +159,6 @@ def _latents(pipe: Pipeline, pictures: Sequence[Captioned]) -> Tensor:
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     scaled: Tensor = (mean.float() - shift) * vae.config.scaling_factor
     return scaled
-
-
-def schedule(
-    rows: Sequence[tuple[int, int]], ids: Sequence[int], cap: int | None, *, seed: int, passes: int = 1
-) -> list[int]:
-    """Return the order in which pictures are seen.
-
-    Args:
-        rows: (row of the data, times it is seen in a pass).
-        ids: id of every row of the data.
-        cap: see no id more often than this in a pass; 1 is deduplication, None all repetitions.
-        seed: seed of the order; another order in each pass.
-        passes: times to go through.
-    """
-    order: list[int] = []
-    for number in range(passes):
-        seen: dict[int, int] = {}
-        once: list[int] = []
-        for row, times in rows:
-            for _ in range(times):
-                seen[ids[row]] = seen.get(ids[row], 0) + 1
-                if cap is None or seen[ids[row]] <= cap:
-                    once.append(row)
-        random.Random(seed + 1_000_003 * number).shuffle(once)
-        order += once
-    return order
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,13 +1,14 @@
-"""Run folders of training comparisons, whichever family: names of their parts, and whether a folder holds this run."""
+"""Run folders of training comparisons, whichever family: names of their parts, and what a run is of."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from unmemorize.errors import FileFormatError, RunFolderError
-from unmemorize.files import read_json
+from unmemorize.files import read_json, write_json
+from unmemorize.isolate.engine import environment
 from unmemorize.isolate.methods import parse_method
 from unmemorize.isolate.settings import first_difference
 
@@ -43,3 +44,25 @@ def refuse_other_run(out: Path, settings: Mapping[str, Any]) -> None:
         raise RunFolderError(
             f"{out} holds another run: {difference}; choose another folder or the same settings"
         )
+
+
+def write_config(
+    out: Path,
+    family: Literal["language", "diffusion"],
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    *,
+    others: str,
+) -> None:
+    """Write what a run is of, settings and data (as JSON), with versions and machine; a run that is continued keeps it.
+
+    Raises:
+        RunFolderError: if the run is of other data; `others` says of which, for the message.
+    """
+    path = out / CONFIG_FILE
+    if path.is_file():
+        if read_json(path, format=RUN_FORMAT, version=RUN_VERSION).get("data") != data:
+            raise RunFolderError(f"{out} was trained on {others}; choose another folder")
+        return
+    config = {"format": RUN_FORMAT, "format_version": RUN_VERSION, "kind": "training", "family": family}
+    write_json(path, {**config, "settings": settings, "data": data, "environment": environment()})

@@ -1,4 +1,4 @@
-"""The run folder of a training comparison: where things are, and whether a folder holds this run.
+"""The run folder of a training comparison of language models: where things are, and what it holds.
 
 run/
 config.json        settings, what was trained on, versions
@@ -15,31 +15,10 @@ from typing import Any
 
 from unmemorize.errors import ConfigError, FileFormatError
 from unmemorize.files import read_json
-from unmemorize.isolate.engine import environment
-from unmemorize.isolate.loop import TRAINING_FILE, TrainedRun, read_training
-from unmemorize.isolate.run_folder import (
-    CONFIG_FILE,
-    EXAMPLES_FILE,
-    RUN_FORMAT,
-    RUN_VERSION,
-    model_folder,
-    refuse_other_run,
-)
+from unmemorize.isolate.jobs import TRAINING_FILE
+from unmemorize.isolate.loop import TrainedRun, read_training
+from unmemorize.isolate.run_folder import CONFIG_FILE, RUN_FORMAT, RUN_VERSION, model_folder
 from unmemorize.isolate.settings import TrainSettings, settings_from_json
-
-__all__ = [
-    "CONFIG_FILE",
-    "EXAMPLES_FILE",
-    "RUN_FORMAT",
-    "RUN_VERSION",
-    "TOKENIZER_FOLDER",
-    "RunConfig",
-    "environment",
-    "model_folder",
-    "read_run",
-    "refuse_other_run",
-    "trained_runs",
-]
 
 TOKENIZER_FOLDER = "tokenizer"
 

@@ -2,8 +2,8 @@
 
 All methods of a seed start from the same weights and see the same documents in the same order, apart from the
 repetitions they leave out. Started again, the command continues where it stopped; a folder that holds another run is
-refused. What one training does is in `loop.py`, what tells methods apart in `methods.py`, what the folder holds in
-`runs.py`.
+refused. What one training does is in `loop.py`, what tells methods apart in `methods.py`, the model that all start
+from in `initial_model.py`, what the folder holds in `runs.py`.
 """
 
 from __future__ import annotations
@@ -17,47 +17,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from unmemorize.corpus import Document, Mixture, mix, read_corpus
-from unmemorize.errors import ConfigError, ModelNotSupported, RunFolderError
-from unmemorize.files import read_json, write_atomic, write_json
-from unmemorize.isolate.engine import make_accelerator
+from unmemorize.errors import RunFolderError
+from unmemorize.files import write_json_lines
+from unmemorize.isolate.engine import make_accelerator, tracked
+from unmemorize.isolate.initial_model import build_model
+from unmemorize.isolate.jobs import TRAINING_FILE
 from unmemorize.isolate.language import grow, plan_sinks
-from unmemorize.isolate.loop import (
-    TRAINING_FILE,
-    Job,
-    TrainedRun,
-    read_training,
-    train_method,
-)
+from unmemorize.isolate.loop import Job, TrainedRun, read_training, train_method
 from unmemorize.isolate.methods import Method, parse_method
 from unmemorize.isolate.packing import Pair, Row, pack
 from unmemorize.isolate.plan import SinkPlan
-from unmemorize.isolate.runs import (
+from unmemorize.isolate.run_folder import (
     CONFIG_FILE,
     EXAMPLES_FILE,
-    RUN_FORMAT,
-    RUN_VERSION,
-    TOKENIZER_FOLDER,
-    environment,
     model_folder,
-    read_run,
     refuse_other_run,
-    trained_runs,
+    write_config,
 )
+from unmemorize.isolate.runs import TOKENIZER_FOLDER
 from unmemorize.isolate.settings import PRESETS, ModelSettings, RecordSettings, TrainSettings
-from unmemorize.isolate.steps import require_packing
-from unmemorize.models.base import quiet_transformers
-from unmemorize.models.language import load
 from unmemorize.records import Progress, ProgressCallback
 from unmemorize.tokenizer import encode_documents, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["build_model", "environment", "model_folder", "read_run", "train", "trained_runs"]
 
 _Tokens = tuple[int, ...]
 
@@ -95,65 +80,6 @@ def train(
         _train_one(material, out, method, seed, accelerator, progress, f"{number} of {len(pairs)}")
         for number, (seed, method) in enumerate(pairs, start=1)
     ]
-
-
-def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Build the model a training starts from: random weights by seed, or the weights of a checkpoint.
-
-    Args:
-        settings: says which.
-        tokenizer: gives the vocabulary's size and the special tokens.
-        seed: seed of random weights; the global generator is left as it was.
-
-    Raises:
-        ModelNotSupported: if there is no such preset, config or checkpoint.
-        ConfigError: if rows are longer than the model's context, its vocabulary is smaller than the tokenizer's, or it
-            does not keep packed documents apart.
-    """
-    if settings.model in PRESETS or settings.model.endswith(".json"):
-        model = _random_model(settings.model, tokenizer, seed)
-    else:
-        model = load(settings.model, dtype=torch.float32, run_check=False)
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and context < settings.length_tokens:
-        raise ConfigError(
-            f"length_tokens is {settings.length_tokens}, the context of {settings.model} is {context}; use shorter rows"
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, {settings.model} knows "
-            f"{config.vocab_size}; use its own tokenizer"
-        )
-    if settings.rows == "packed":
-        require_packing(model)
-    model.train()
-    return model
-
-
-def _random_model(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    special = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    try:
-        described = PRESETS[source] if source in PRESETS else json.loads(Path(source).read_text("utf-8"))
-        kind = described["model_type"]
-        rest = {name: value for name, value in described.items() if name != "model_type"}
-        config = AutoConfig.for_model(kind, **{**rest, **special})
-        with torch.random.fork_rng(devices=[]), quiet_transformers():
-            torch.manual_seed(seed)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelNotSupported(
-            f"{source} does not describe a causal language model ({type(error).__name__}: {error}); "
-            "pass a preset, a config.json, or a checkpoint"
-        ) from error
-    return model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -219,26 +145,12 @@ def _write_run(settings: TrainSettings, out: Path, material: _Material) -> None:
     """Write what comes before the models; a run that is continued keeps what it has."""
     parts = {name: getattr(material.mixture, name) for name in ("repeated", "once", "validation")}
     data = {f"num_{name}": len(part) for name, part in parts.items()} | {"digest": material.digest}
-    if (out / CONFIG_FILE).is_file():
-        theirs = read_json(out / CONFIG_FILE, format=RUN_FORMAT, version=RUN_VERSION).get("data")
-        if theirs != data:
-            raise RunFolderError(
-                f"{out} was trained on another corpus at {settings.corpus.path}; choose another folder"
-            )
-    else:
-        config = {
-            "format": RUN_FORMAT,
-            "format_version": RUN_VERSION,
-            "kind": "training",
-            "family": "language",
-        }
-        config |= {"settings": settings.to_json(), "data": data, "environment": environment()}
-        write_json(out / CONFIG_FILE, config)
+    others = f"another corpus at {settings.corpus.path}"
+    write_config(out, "language", settings.to_json(), data, others=others)
     if not (out / TOKENIZER_FOLDER).is_dir():
         _save_tokenizer(material.tokenizer, out)
     if not (out / EXAMPLES_FILE).is_file():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in _examples(material)]
-        write_atomic(out / EXAMPLES_FILE, "".join(lines))
+        write_json_lines(out / EXAMPLES_FILE, _examples(material))
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -351,12 +263,8 @@ def _train_one(
         tokenizer=material.tokenizer,
         title=f"{method.name}, seed {seed} ({place})",
     )
-    if settings.records.tracker is not None:
-        accelerator.init_trackers(folder.name)
-    run = train_method(job, accelerator=accelerator, progress=progress)
-    for tracker in accelerator.trackers if settings.records.tracker is not None else ():
-        tracker.finish()
-    return run
+    with tracked(accelerator, settings.records, folder.name):
+        return train_method(job, accelerator=accelerator, progress=progress)
 
 
 def _digest(text: str) -> str:

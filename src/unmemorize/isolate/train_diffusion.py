@@ -17,106 +17,39 @@ import copy
 import hashlib
 import io
 import json
-import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unmemorize.corpus import MixtureSettings
-from unmemorize.corpus.picture_ids import PictureIdKind
-from unmemorize.errors import ConfigError, DataError, RunFolderError, missing_extra
-from unmemorize.files import read_json, write_atomic, write_json
+from unmemorize.errors import missing_extra
+from unmemorize.files import write_atomic, write_json_lines
 from unmemorize.isolate.diffusion import grow, plan_sinks
-from unmemorize.isolate.engine import environment, make_accelerator
-from unmemorize.isolate.methods import Method, MethodSettings, parse_method
-from unmemorize.isolate.picture_data import Captioned, PictureData, encode_pictures, schedule
-from unmemorize.isolate.picture_loop import (
-    TRAINING_FILE,
-    PictureJob,
-    TrainedPictures,
-    read_picture_training,
-    train_pictures,
-)
-from unmemorize.isolate.plan import SinkPlan, SinkSettings
+from unmemorize.isolate.engine import make_accelerator, tracked
+from unmemorize.isolate.jobs import TRAINING_FILE
+from unmemorize.isolate.methods import Method, parse_method
+from unmemorize.isolate.picture_data import Captioned, PictureData, encode_pictures
+from unmemorize.isolate.picture_loop import PictureJob, TrainedPictures, read_picture_training, train_pictures
+from unmemorize.isolate.picture_schedule import Split, schedule, split_pictures
+from unmemorize.isolate.picture_settings import PictureTrainSettings
+from unmemorize.isolate.plan import SinkPlan
 from unmemorize.isolate.run_folder import (
     CONFIG_FILE,
     EXAMPLES_FILE,
-    RUN_FORMAT,
-    RUN_VERSION,
     model_folder,
     refuse_other_run,
+    write_config,
 )
-from unmemorize.isolate.settings import OptimizationSettings, RecordSettings
+from unmemorize.isolate.settings import RecordSettings
 from unmemorize.models.denoising import Pipeline, denoiser_of, with_denoiser
-from unmemorize.models.diffusion import Kind, load
+from unmemorize.models.diffusion import load
 from unmemorize.records import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PictureTrainSettings:
-    """A comparison: every method with every seed, on the same pictures. A row of a batch is a picture."""
-
-    pipeline: str
-    """Folder or hub name of the pipeline to start from."""
-    start: Literal["weights", "random"] = "weights"
-    """Start from the pipeline's weights, or from random weights of its denoiser's config, by seed."""
-    ids: PictureIdKind = "content"
-    """What an id stands for."""
-    mixture: MixtureSettings | None = None
-    """Which pictures are repeated, seen once and kept back; None to train on all pictures as they come."""
-    kinds: tuple[Kind, ...] = ("hidden",)
-    """Where sinks are: hidden, values, or both."""
-    blocks: tuple[str, ...] | None = None
-    """Groups of blocks that get sinks; all by default."""
-    empty_caption_frac: float = 0.1
-    """Share of pictures whose caption is dropped, 0..1."""
-    empty_caption_sinks: Literal["own", "off"] = "own"
-    """Whose sinks a picture without its caption opens."""
-    optimization: OptimizationSettings = field(
-        default_factory=lambda: OptimizationSettings(learning_rate=1e-4, weight_decay=0.01)
-    )
-    method: MethodSettings = field(
-        default_factory=lambda: MethodSettings(
-            sinks=SinkSettings(share_frac=1.0, grown=256, active_frac=None, sinks_per_id=32), compute="masked"
-        )
-    )
-    records: RecordSettings = field(default_factory=RecordSettings)
-    methods: tuple[str, ...] = ("standard", "dedup", "cap:8", "sinks")
-    """What to compare: standard, dedup, cap:R or sinks; see `methods.parse_method`."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of random weights, order, noise and dropped captions."""
-    device: Literal["auto", "cpu"] = "auto"
-    """Where to train; auto takes what accelerate finds."""
-
-    def __post_init__(self) -> None:
-        if self.start not in ("weights", "random"):
-            raise ConfigError(f"start is {self.start!r}, expected weights or random")
-        if not self.methods or not self.seeds:
-            raise ConfigError("methods and seeds are empty, expected at least one of each")
-        parsed = [parse_method(name, self.method) for name in self.methods]
-        if len({method.folder for method in parsed}) != len(parsed) or len(set(self.seeds)) != len(
-            self.seeds
-        ):
-            raise ConfigError(
-                f"methods {list(self.methods)} or seeds {list(self.seeds)} repeat, expected each once"
-            )
-        for method in parsed:
-            if method.kind not in ("standard", "dedup", "cap", "sinks"):
-                raise ConfigError(
-                    f"method {method.name} is for language models; expected standard, dedup, cap:R or sinks"
-                )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain lists, dicts, strings and numbers."""
-        value: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return value
 
 
 def train(
@@ -165,61 +98,6 @@ def train(
     ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """Which rows of a collection are trained on, how often, and which are kept back.
-
-    Attributes:
-        rows: (row, times it is seen in a pass).
-        repeated: rows of the repeated pictures, one for each id.
-        validation: rows that are never seen.
-    """
-
-    rows: tuple[tuple[int, int], ...]
-    repeated: tuple[int, ...]
-    validation: tuple[int, ...] = ()
-
-
-def split_pictures(
-    pictures: Sequence[Captioned], ids: Sequence[int], mixture: MixtureSettings | None
-) -> Split:
-    """Split a collection as a mixture says; with a mixture every id enters once.
-
-    Raises:
-        DataError: if there are not enough different pictures.
-        ConfigError: if the mixture asks for held-out pictures.
-    """
-    if mixture is None:
-        times = Counter(ids)
-        first = {id: row for row, id in reversed(list(enumerate(ids)))}
-        return Split(
-            rows=tuple((row, 1) for row in range(len(ids))),
-            repeated=tuple(sorted(first[id] for id, count in times.items() if count > 1)),
-        )
-    if mixture.num_heldout:
-        raise ConfigError(
-            "num_heldout is for documents; keep pictures of another origin in a collection of their own"
-        )
-    distinct = list({id: row for row, id in reversed(list(enumerate(ids)))}.values())
-    distinct.sort()
-    random.Random(mixture.seed).shuffle(distinct)
-    fitting = [row for row in distinct if pictures[row].source.startswith(mixture.repeated_source)]
-    repeated = fitting[: mixture.num_repeated]
-    rest = [row for row in distinct if row not in set(repeated)]
-    if len(repeated) < mixture.num_repeated or len(rest) < mixture.num_validation:
-        raise DataError(
-            f"there are {len(distinct)} different pictures, {len(fitting)} of them to repeat; expected "
-            f"{mixture.num_repeated} to repeat and {mixture.num_validation} for validation; use more pictures or "
-            "smaller numbers"
-        )
-    once = rest[mixture.num_validation :][: mixture.num_once]
-    return Split(
-        rows=tuple([(row, mixture.repeats) for row in repeated] + [(row, 1) for row in once]),
-        repeated=tuple(repeated),
-        validation=tuple(rest[: mixture.num_validation]),
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Material:
     """What all trainings of a run share, in memory."""
@@ -247,22 +125,9 @@ def _write_run(material: _Material, out: Path) -> None:
         "num_validation": len(split.validation),
         "digest": material.data.digest,
     }
-    if (out / CONFIG_FILE).is_file():
-        theirs = read_json(out / CONFIG_FILE, format=RUN_FORMAT, version=RUN_VERSION).get("data")
-        if theirs != data:
-            raise RunFolderError(f"{out} was trained on other pictures; choose another folder")
-    else:
-        head = {
-            "format": RUN_FORMAT,
-            "format_version": RUN_VERSION,
-            "kind": "training",
-            "family": "diffusion",
-        }
-        rest = {"settings": material.settings.to_json(), "data": data, "environment": environment()}
-        write_json(out / CONFIG_FILE, head | rest)
+    write_config(out, "diffusion", material.settings.to_json(), data, others="other pictures")
     if not (out / EXAMPLES_FILE).is_file():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in _examples(material, out)]
-        write_atomic(out / EXAMPLES_FILE, "".join(lines))
+        write_json_lines(out / EXAMPLES_FILE, _examples(material, out))
 
 
 def _examples(material: _Material, out: Path) -> list[dict[str, Any]]:
@@ -362,9 +227,5 @@ def _train_one(
         identity=identity,
         title=f"{method.name}, seed {seed} ({place})",
     )
-    if settings.records.tracker is not None:
-        accelerator.init_trackers(folder.name)
-    run = train_pictures(job, accelerator=accelerator, progress=progress)
-    for tracker in accelerator.trackers if settings.records.tracker is not None else ():
-        tracker.finish()
-    return run
+    with tracked(accelerator, settings.records, folder.name):
+        return train_pictures(job, accelerator=accelerator, progress=progress)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from unmemorize.errors import ConfigError
 from unmemorize.gates import capture
-from unmemorize.localize.scores import NeuronStatistics, mean_absolute, streamed
+from unmemorize.localize.neuron_statistics import NeuronStatistics, streamed
+from unmemorize.localize.scores import mean_absolute
 from unmemorize.models.denoising import Pipeline, denoiser_of, record
 from unmemorize.models.diffusion import DenoiserRow, find_sites, fingerprint, row_for, text_values
 from unmemorize.neurons import Site

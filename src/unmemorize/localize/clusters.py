@@ -23,6 +23,7 @@ from typing import Any
 from unmemorize.errors import ConfigError, DataError, FileFormatError
 from unmemorize.files import read_json, read_json_lines
 from unmemorize.localize.diffusion import header_of, require_sites, warn_if_cut
+from unmemorize.localize.neuron_statistics import NeuronStatistics
 from unmemorize.localize.passes import NemoSettings
 from unmemorize.localize.procedures import FastOutcome, Member, fast, found_fields
 from unmemorize.localize.results import (
@@ -37,7 +38,6 @@ from unmemorize.localize.results import (
     start_lines,
     table_fields,
 )
-from unmemorize.localize.scores import NeuronStatistics
 from unmemorize.localize.search import Entries
 from unmemorize.models.denoising import Pipeline
 from unmemorize.models.diffusion import DenoiserRow, fingerprint

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from unmemorize.errors import DataError, NeuronSetMismatch, UnmemorizeWarning
+from unmemorize.localize.neuron_statistics import NeuronStatistics
 from unmemorize.localize.passes import NemoSettings
 from unmemorize.localize.procedures import Member, fast, released, single
 from unmemorize.localize.results import (
@@ -31,7 +32,6 @@ from unmemorize.localize.results import (
     prompt_row,
     start_folder,
 )
-from unmemorize.localize.scores import NeuronStatistics
 from unmemorize.models.denoising import Pipeline
 from unmemorize.models.diffusion import DenoiserRow, Kind, find_sites, fingerprint, row_for
 from unmemorize.models.prompts import cut_words, shortened

@@ -24,8 +24,8 @@ from unmemorize.corpus.memorized import MemorizedExample
 from unmemorize.errors import ConfigError, DataError
 from unmemorize.localize.methods import COMPARED, METHODS, Job, LocalizeSettings, Method, score
 from unmemorize.localize.neuron_scores import NeuronScores, ScoringCost, load_scores
+from unmemorize.localize.neuron_statistics import NeuronStatistics
 from unmemorize.localize.results import start_folder
-from unmemorize.localize.scores import NeuronStatistics
 from unmemorize.localize.suffix import measured, require_fitting
 from unmemorize.models.language import MlpRow, find_mlps, fingerprint
 from unmemorize.records import Progress, ProgressCallback

@@ -33,8 +33,8 @@ from unmemorize.localize.gradients import (
 )
 from unmemorize.localize.masks import LearnedMask, MaskSettings, hard_concrete, slimming
 from unmemorize.localize.neuron_scores import NeuronScores
+from unmemorize.localize.neuron_statistics import NeuronStatistics, Quantity
 from unmemorize.localize.outliers import outlier_scores
-from unmemorize.localize.scores import NeuronStatistics, Quantity
 from unmemorize.neurons import Site
 from unmemorize.records import Progress, ProgressCallback
 

@@ -1,6 +1,6 @@
 """What neurons do on ordinary texts: statistics that "outliers" and "contrast" compare memorized texts with.
 
-Streamed, resumable and tied to the model (`scores.NeuronStatistics`); texts are never held together.
+Streamed, resumable and tied to the model (`neuron_statistics.NeuronStatistics`); texts are never held together.
 
     "activation"    mean absolute activation over a text's tokens
     "derivative"    derivative, by the neuron's gate, of the mean loss of a text's tokens but the first
@@ -17,8 +17,8 @@ from torch import Tensor
 from unmemorize.corpus.memorized import MemorizedExample
 from unmemorize.errors import DataError
 from unmemorize.localize.gradients import gate_derivatives
+from unmemorize.localize.neuron_statistics import NeuronStatistics, Quantity, streamed
 from unmemorize.localize.outliers import mean_activations
-from unmemorize.localize.scores import NeuronStatistics, Quantity, streamed
 from unmemorize.localize.suffix import device_of, frozen, make_batch
 from unmemorize.models.language import MlpRow, find_mlps, fingerprint
 from unmemorize.neurons import Site

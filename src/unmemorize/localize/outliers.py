@@ -22,7 +22,8 @@ from unmemorize.corpus.memorized import MemorizedExample
 from unmemorize.errors import NeuronSetMismatch
 from unmemorize.gates import capture
 from unmemorize.localize.gradients import Scored
-from unmemorize.localize.scores import NeuronStatistics, mean_absolute
+from unmemorize.localize.neuron_statistics import NeuronStatistics
+from unmemorize.localize.scores import mean_absolute
 from unmemorize.localize.suffix import device_of, frozen
 from unmemorize.neurons import Site, same_model
 

@@ -21,16 +21,11 @@ import torch
 from torch import Tensor
 
 from unmemorize.localize.activations import activations_of
+from unmemorize.localize.neuron_statistics import NeuronStatistics
 from unmemorize.localize.orders import importance_order, slope_order
 from unmemorize.localize.passes import NemoSettings, Passes, first_step
 from unmemorize.localize.results import PromptResult
-from unmemorize.localize.scores import (
-    NeuronStatistics,
-    best_match,
-    map_similarity,
-    pair_similarities,
-    z_scores,
-)
+from unmemorize.localize.scores import best_match, map_similarity, pair_similarities, z_scores
 from unmemorize.localize.search import Entries, Found, Neuron, candidate_sets, refine, select, smallest
 from unmemorize.models.denoising import Pipeline
 from unmemorize.models.diffusion import DenoiserRow, row_for

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from unmemorize.errors import DataError, ModelNotSupported, NeuronSetMismatch
 from unmemorize.gates import module_at
 from unmemorize.localize.activations import token_positions
-from unmemorize.localize.scores import chained_digest
+from unmemorize.localize.neuron_statistics import chained_digest
 from unmemorize.models.base import fingerprint_of
 from unmemorize.models.denoising import Pipeline, conditions, denoiser_of
 from unmemorize.models.diffusion import DenoiserRow, row_for

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from unmemorize.errors import ConfigError, FileFormatError, ShapeMismatch
-from unmemorize.localize.scores import chained_digest
+from unmemorize.localize.neuron_statistics import chained_digest
 from unmemorize.tensor_files import read_tensors, write_tensors
 
 MOMENTS_FORMAT = "unmemorize.moments"

@@ -154,7 +154,7 @@ def _apart(run: Path) -> tuple[Path, Path | None]:
         The file of examples, and that of the other ordinary texts; None if there are none.
     """
     from unmemorize.corpus.passages import shared_passages
-    from unmemorize.files import read_json_lines, write_atomic
+    from unmemorize.files import read_json_lines, write_json_lines
 
     rows = read_json_lines(run / "examples.jsonl")
     ordinary = [row for row in rows if row["group"] == "ordinary"]
@@ -164,7 +164,6 @@ def _apart(run: Path) -> tuple[Path, Path | None]:
     apart = [row for number, row in enumerate(ordinary) if number not in shared]
     files = []
     for name, some in (("apart", kept + apart[:_DEMO_ORDINARY]), ("ordinary", apart[_DEMO_ORDINARY:])):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in some]
-        files.append(write_atomic(run / f"{name}.jsonl", "".join(lines)) if some else None)
+        files.append(write_json_lines(run / f"{name}.jsonl", some) if some else None)
     assert files[0] is not None
     return files[0], files[1]

@@ -56,7 +56,7 @@ def audit(
     from unmemorize.audit.localized import site_neurons
     from unmemorize.audit.neurons import audit_ways
     from unmemorize.audit.training import decoder
-    from unmemorize.isolate.runs import environment
+    from unmemorize.isolate.engine import environment
     from unmemorize.models.language import find_mlps, require_same_model
     from unmemorize.neurons import load_neurons
     from unmemorize.records import NeuronAudit

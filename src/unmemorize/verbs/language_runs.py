@@ -83,9 +83,7 @@ def write_examples(
     is_memorized: dict[str, bool],
 ) -> None:
     """Write `examples.jsonl`; `is_memorized` tells by name which targets the model repeats."""
-    import json
-
-    from unmemorize.files import write_atomic
+    from unmemorize.files import write_json_lines
 
     rows = [
         {
@@ -97,7 +95,7 @@ def write_examples(
         }
         for one in texts
     ]
-    write_atomic(out / "examples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json_lines(out / "examples.jsonl", rows)
 
 
 def read_localization(out: Path) -> TextLocalization | None:

@@ -131,7 +131,7 @@ def localize(
     ] = None,
 ) -> Answer:
     """Find out what a model has memorized, prompts or texts, and which neurons hold it."""
-    from unmemorize.verbs import diffusion, language_localize, texts
+    from unmemorize.verbs import diffusion, language_localize, picture_localize, texts
 
     model = folder_of(model)
     if family_of(model) == "language":
@@ -154,8 +154,8 @@ def localize(
             "--select, --skip-layers, --search, --leave and --candidates choose neurons of language models; leave them "
             "out for a pipeline"
         )
-    options = diffusion.NemoOptions(
-        mode=diffusion.mode_of(method),
+    options = picture_localize.NemoOptions(
+        mode=picture_localize.mode_of(method),
         ranking=ranking,
         is_clustered=clusters,
         statistics=statistics,
@@ -168,4 +168,4 @@ def localize(
         column=column,
     )
     loading = diffusion.Loading(device=device, precision=dtype)
-    return diffusion.localize(progress, model, examples, out, ordinary, options, loading)
+    return picture_localize.localize(progress, model, examples, out, ordinary, options, loading)

@@ -55,8 +55,8 @@ class TrainOptions:
 def train(progress: ProgressCallback, out: Path, settings: Path | None, options: TrainOptions) -> Answer:
     """Train a pipeline with several methods and seeds on captioned pictures."""
     from unmemorize.corpus.pictures import read_pictures
+    from unmemorize.isolate.picture_settings import PictureTrainSettings
     from unmemorize.isolate.settings import settings_of
-    from unmemorize.isolate.train_diffusion import PictureTrainSettings
     from unmemorize.isolate.train_diffusion import train as run_training
 
     named = {

@@ -37,14 +37,14 @@ def demo(progress: ProgressCallback, out: Path, device: str) -> Answer:
     """Find, switch off, fold away and audit what the shipped pipeline has memorized, and report."""
     from unmemorize.report import write_report
     from unmemorize.testbeds.shipped import shipped_testbed
-    from unmemorize.verbs import diffusion, picture_measures
+    from unmemorize.verbs import diffusion, picture_localize, picture_measures
 
     shipped = shipped_testbed()
     model, twin = shipped.model("memorized"), shipped.model("twin")
     examples, ordinary = _prompts(shipped, out)
     loading = diffusion.Loading(device=device)
-    found = diffusion.localize(
-        progress, str(model), examples, out, ordinary, diffusion.NemoOptions(), loading
+    found = picture_localize.localize(
+        progress, str(model), examples, out, ordinary, picture_localize.NemoOptions(), loading
     )
     neurons, plain = out / "neurons.json", out / "plain"
     if not plain.exists():
