@@ -235,9 +235,10 @@ class Training(ABC, Generic[J]):
         self._loss.zero_()
         if not self._accelerator.is_main_process:
             return
-        if not math.isfinite(loss):
-            raise ConfigError(f"the training loss is {loss} at step {now.step}; lower learning_rate")
+        _require_finite("training_loss", loss, now.step)
         row, words = self._metrics(loss, is_evaluated=is_evaluated)
+        for name, value in row.items():
+            _require_finite(name, value, now.step)
         self._logged = now
         append_json_line(job.folder / METRICS_FILE, row)
         self._accelerator.log({k: v for k, v in row.items() if v is not None and k != "step"}, step=now.step)
@@ -249,3 +250,10 @@ class Training(ABC, Generic[J]):
     def _learning_rate(self) -> float:
         """Learning rate of the step that was taken last."""
         return learning_rate(self._standing.step - 1, self.job.num_steps, self.job.optimization)
+
+
+def _require_finite(name: str, value: float | None, step: int) -> None:
+    if value is not None and not math.isfinite(value):
+        raise ConfigError(
+            f"the {name.removesuffix('_nats').replace('_', ' ')} is {value} at step {step}; lower learning_rate"
+        )
