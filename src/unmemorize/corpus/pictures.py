@@ -12,7 +12,6 @@ Nothing is downloaded, and no caption is changed.
 from __future__ import annotations
 
 import csv
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from unmemorize.errors import ConfigError, DataError, missing_extra
+from unmemorize.files import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -232,7 +232,7 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"cannot read {path} ({error}); expected JSON Lines in UTF-8") from error
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line) if line.strip() else None
+            row = parse_json(line) if line.strip() else None
         except ValueError as error:
             raise DataError(
                 f"{path} line {number} is not JSON ({error}); expected one object a line"

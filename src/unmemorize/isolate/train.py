@@ -21,7 +21,7 @@ import torch
 
 from unmemorize.corpus import Document, Mixture, mix, read_corpus
 from unmemorize.errors import ConfigError, ModelNotSupported, RunFolderError
-from unmemorize.files import read_json, write_atomic, write_json
+from unmemorize.files import parse_json, read_json, write_atomic, write_json
 from unmemorize.isolate.engine import make_accelerator
 from unmemorize.isolate.language import grow, plan_sinks
 from unmemorize.isolate.loop import (
@@ -141,7 +141,7 @@ def _random_model(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) ->
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        described = PRESETS[source] if source in PRESETS else json.loads(Path(source).read_text("utf-8"))
+        described = PRESETS[source] if source in PRESETS else parse_json(Path(source).read_text("utf-8"))
         kind = described["model_type"]
         rest = {name: value for name, value in described.items() if name != "model_type"}
         config = AutoConfig.for_model(kind, **{**rest, **special})

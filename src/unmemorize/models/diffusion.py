@@ -11,7 +11,6 @@ right.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from unmemorize.errors import ModelNotSupported, SelfCheckFailed, SitesNotFound, missing_extra
+from unmemorize.files import parse_json
 from unmemorize.gates import module_at, site_width
 from unmemorize.models.base import (
     CheckResult,
@@ -262,7 +262,7 @@ def _from_folder(pipeline_class: Any, source: str | Path, dtype: torch.dtype | N
                 f"{source} holds no model_index.json; pass a pipeline folder in diffusers format"
             )
         try:
-            named = json.loads(index.read_text(encoding="utf-8"))
+            named = parse_json(index.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModelNotSupported(
                 f"{index} is not complete JSON ({error}); copy the folder again"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from unmemorize.errors import ConfigError
+from unmemorize.files import parse_json
 
 if TYPE_CHECKING:
     from unmemorize.records import Measure
@@ -80,7 +80,7 @@ def file_with_options(path: Path | None, options: dict[str, Any]) -> dict[str, A
     value: dict[str, Any] = {}
     if path is not None:
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is not a readable JSON file: {error}") from error
         if not isinstance(value, dict):

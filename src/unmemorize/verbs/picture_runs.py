@@ -99,10 +99,10 @@ def names_pipeline(settings: Path | None) -> bool:
 
 def is_picture_run(folder: Path) -> bool:
     """Tell whether a folder is a run that trained text-to-image models."""
-    import json
+    from unmemorize.files import parse_json
 
     try:
-        value = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        value = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(value, dict) and (value.get("kind"), value.get("family")) == ("training", "diffusion")

@@ -175,11 +175,12 @@ def _is_sequences(path: Path) -> bool:
 def _first_row(path: Path) -> dict[str, Any]:
     """Return the first row of a JSON Lines file, or nothing; what is wrong with it, its reader says."""
     from unmemorize.corpus.readers import text_lines
+    from unmemorize.files import parse_json
 
     if not path.is_file() or not path.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson")):
         return {}
     try:
-        row = json.loads(next((line for line in text_lines(path) if line.strip()), "{}"))
+        row = parse_json(next((line for line in text_lines(path) if line.strip()), "{}"))
     except ValueError:
         return {}
     return row if isinstance(row, dict) else {}
