@@ -210,7 +210,10 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
         ["--skip-layers", "0"],
         ["--search"],
         ["--leave", "0.5"],
+        ["--share", "0.5"],
+        ["--force"],
+        ["--prefix", "8"],
     ):
         message = refusal(capsys, *start, "--out", str(tmp_path / "run"), *more)
-        assert "choose neurons of language models; leave them out for a pipeline" in message
+        assert f"{more[0]}: for language models, without effect on a pipeline; leave out" in message
     assert not (tmp_path / "run").exists()

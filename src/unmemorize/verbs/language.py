@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from unmemorize.errors import ConfigError
-from unmemorize.verbs.answers import Answer, bar_line, check_answer, integers, table_row, upper_end
+from unmemorize.verbs.answers import (
+    Answer,
+    bar_line,
+    check_answer,
+    integers,
+    refuse_passed_over,
+    table_row,
+    upper_end,
+)
 
 if TYPE_CHECKING:
     from unmemorize.records import Audit, ProgressCallback
@@ -36,6 +44,10 @@ def audit(
 ) -> Answer:
     """Measure a run of trainings, or one model."""
     if (target / "audit.json").is_file() or (target / "examples.jsonl").is_file():
+        refuse_passed_over(
+            {"--examples": (examples, None), "--out": (out, None)},
+            f"{target} is a run folder and is audited on its own examples, into itself",
+        )
         from unmemorize.audit.training import audit_training
 
         result, folder = audit_training(target, progress=progress), target
@@ -82,6 +94,10 @@ def remove(
     if neurons is not None:
         chosen = load_neurons(neurons)
     else:
+        if not (model / "sinks.json").exists():
+            raise ConfigError(
+                f"{model} has no sinks.json; give --neurons FILE, or a model trained with sinks"
+            )
         layout = load_plan(model / "sinks.json")
         kept = integers(keep)
         chosen = layout.pool() - layout.neurons_for(kept) if kept else layout.pool()

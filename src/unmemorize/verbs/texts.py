@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,16 @@ class Cut:
                 f"prefix, suffix and length are {self.prefix}, {self.suffix} and {self.length} tokens; expected 1 or "
                 "more, and a length of 2 or more"
             )
+
+
+def cut_at(prefix: int, suffix: int, length: int) -> Cut:
+    """Return where texts are cut; a length below prefix and suffix together is raised to them.
+
+    Raises:
+        ConfigError: if one of them is out of range.
+    """
+    asked = Cut(prefix=prefix, suffix=suffix, length=length)
+    return replace(asked, length=max(length, prefix + suffix))
 
 
 def load_model(
