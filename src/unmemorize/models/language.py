@@ -203,12 +203,15 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
+    loader: Any = AutoModelForCausalLM
+    model: PreTrainedModel
+    info: dict[str, Any]
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelNotSupported(f"{source} holds no config.json; pass a model folder in Hugging Face format")
     with quiet_transformers():
         try:
             # Both would be drawn at random and named in a report that is silenced here; below they are refused.
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = loader.from_pretrained(
                 str(source), dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
         except Exception as error:  # every reader underneath raises its own kind

@@ -87,7 +87,7 @@ def remove(
     from unmemorize.isolate.plan import load_plan
     from unmemorize.models.language import find_mlps, fingerprint, load
     from unmemorize.neurons import load_neurons
-    from unmemorize.remove.folders import manifest_of
+    from unmemorize.remove.folders import kept_if_proved, manifest_of
     from unmemorize.remove.language import excise, export, fold, prove_plain, tokenizer_beside
 
     loaded = load(model)
@@ -107,7 +107,8 @@ def remove(
     tokens = torch.arange(32).remainder(int(loaded.config.get_text_config().vocab_size)).unsqueeze(0)
     with torch.no_grad(), gated(loaded, closed(chosen)):
         expected = loaded(input_ids=tokens).logits.float()
-    difference = (prove_plain(out, tokens) - expected).abs().max().item()
+    with kept_if_proved(out):
+        difference = (prove_plain(out, tokens) - expected).abs().max().item()
     widths = [find_mlps(m)[0].site.width for m in (loaded, smaller)]
     lines = [
         f"removed {len(chosen)} neurons; MLP width {widths[0]} -> {widths[1]}",
