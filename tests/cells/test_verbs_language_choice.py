@@ -98,6 +98,10 @@ def test_a_run_from_before_these_choices_is_continued(
     assert TextLocalization.model_validate(stored).selection == "per-layer"
     assert ask(capsys, *words(folder, "old", "--method", "gradient,random"))["selection"] == "per-layer"
     assert "(select differ)" in refusal(capsys, *words(folder, "old", "--select", "global"))
+    del value["settings"]
+    config.write_text(json.dumps(value))
+    message = refusal(capsys, *words(folder, "old"))
+    assert "config.json holds no settings; localize into a new folder" in message
 
 
 def search_words(folder: Path, out: str, *more: str) -> list[str]:
