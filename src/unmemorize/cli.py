@@ -16,18 +16,19 @@ import errno
 import functools
 import inspect
 import json
+import math
 import os
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from unmemorize.errors import UnmemorizeError, UnmemorizeWarning
+from unmemorize.errors import ConfigError, UnmemorizeError, UnmemorizeWarning
 from unmemorize.verbs import VERBS, Answer
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 _TEXT_INTERVAL_S = 30.0
 _LINE_INTERVAL_S = 0.1
+_NO_MEMORY = "can't allocate memory"
+"""What PyTorch says on a CPU; on accelerators it raises its own OutOfMemoryError."""
 _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -113,7 +116,11 @@ def _framed(verb: Callable[..., Answer]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def framed(*, as_json: bool, debug: bool, **arguments: Any) -> None:
-        raise typer.Exit(_run(functools.partial(verb, **arguments), as_json=as_json, debug=debug))
+        def checked(progress: ProgressPrinter) -> Answer:
+            _require_numbers(arguments)
+            return verb(progress, **arguments)
+
+        raise typer.Exit(_run(checked, as_json=as_json, debug=debug))
 
     json_flag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
     debug_flag = Annotated[bool, typer.Option("--debug", help="Show the traceback of a mistake.")]
@@ -125,6 +132,27 @@ def _framed(verb: Callable[..., Answer]) -> Callable[..., None]:
     framed.__annotations__ = {p.name: p.annotation for p in parameters}
     del framed.__wrapped__
     return framed
+
+
+def _require_numbers(arguments: Mapping[str, Any]) -> None:
+    """Refuse numbers that no option means: NaN, infinity, and whole ones of more than 64 bits."""
+    for name, value in arguments.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{option} is {value}, expected a number")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{option} is {value}, expected a whole number of at most 64 bits")
+
+
+def _empty_word(words: list[str]) -> str | None:
+    """Name the option, or argument, that was given an empty word: often a variable of the shell that is not set."""
+    for before, word in zip(["", *words], words, strict=False):
+        name, sign, value = word.partition("=")
+        if sign and not value and name.startswith("--"):
+            return name
+        if not word:
+            return before if before.startswith("--") else "an argument"
+    return None
 
 
 def _run(verb: Callable[..., Answer], *, as_json: bool, debug: bool) -> int:
@@ -185,6 +213,8 @@ def _explained(error: Exception) -> str | None:
     """Return the one line that explains a mistake, or None if the error is a defect."""
     if isinstance(error, UnmemorizeError):
         return str(error)
+    if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or _NO_MEMORY in str(error):
+        return "out of memory; choose smaller sizes, shorter texts, --dtype bfloat16, or another machine"
     if isinstance(error, OSError) and error.errno in _FULL_OR_FORBIDDEN:
         place = error.filename or "a file"
         return f"cannot write or read {place}: {error.strerror}; free space or choose another folder"
@@ -238,6 +268,9 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: words after the program's name; those of the process if None.
     """
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    empty = _empty_word(words)
+    if empty is not None:
+        return _refused(f"{empty} is empty; give it a value, or leave it out")
     try:
         return int(application()(words, prog_name="unmemorize", standalone_mode=False) or 0)
     except typer.TyperException as error:

@@ -68,6 +68,18 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON that anyone may have written.
+
+    Raises:
+        ValueError: if it is not JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: str | Path, *, format: str, version: int) -> dict[str, Any]:
     """Read a JSON object of ours and check its format name and version.
 
@@ -76,7 +88,7 @@ def read_json(path: str | Path, *, format: str, version: int) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        value = parse_json(path.read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
         raise FileFormatError(f"{path} does not exist; expected a {format} file") from error
     except OSError as error:
@@ -137,7 +149,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = parse_json(line.decode("utf-8"))
         except ValueError as error:
             raise FileFormatError(f"{path} line {number} is not JSON; make the file again") from error
         if not isinstance(row, dict):
@@ -149,7 +161,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 def _is_row(line: bytes) -> bool:
     """Tell whether a last line without an end is nevertheless a whole JSON object."""
     try:
-        return isinstance(json.loads(line.decode("utf-8")), dict)
+        return isinstance(parse_json(line.decode("utf-8")), dict)
     except ValueError:
         return False
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tests.drawings import Picture, drawing
 from tests.stub_pipeline import StubPipeline, training_picture
+from tests.tiny import tiny_model
 from tests.tiny_diffusion import tiny_clip, tiny_pipeline
 from unmemorize.audit.copy_threshold import MIN_CONTROLS, choose_threshold, strangers
 from unmemorize.audit.diffusion import audit_pictures
@@ -416,6 +417,10 @@ def test_alignment_is_the_cosine_of_clip(tmp_path: Path) -> None:
     torch.testing.assert_close(features / features.norm(), output.image_embeds, atol=1e-5, rtol=1e-5)
     with pytest.raises(ModelNotSupported, match="pass a folder with config, weights and tokenizer"):
         ClipAlignment.load(tmp_path / "nothing")
+    tiny_model("llama").save_pretrained(tmp_path / "language")
+    alignment.tokenizer.save_pretrained(tmp_path / "language")
+    with pytest.raises(ModelNotSupported, match=r"lacks \d+ weights of a CLIP model"):
+        ClipAlignment.load(tmp_path / "language")
     with pytest.raises(ValueError, match="expected one picture a prompt"):
         alignment.scores(prompts, pictures[:1])
     cases = [PromptCase(prompt=f"target {n}", group="target") for n in range(6)]

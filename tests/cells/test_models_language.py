@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -281,6 +282,22 @@ def test_saved_models_load_and_are_checked(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(SelfCheckFailed, match="self-check 'gate equals fold' failed for .*: 1 <= 0"):
         load(tmp_path)
     assert fingerprint(load(tmp_path, run_check=False)) == fingerprint(model)
+
+
+def test_weights_that_would_be_drawn_at_random_are_refused(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    weights = load_file(path)
+    save_file(weights | {name: torch.zeros(3, 3)}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelNotSupported, match=rf"holds {name} of shape \(3, 3\), its config.json says \(16, 24\)"
+    ):
+        load(tmp_path)
+    save_file({k: v for k, v in weights.items() if k != name}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelNotSupported, match=rf"lacks 1 weights of a causal language model \({name} ...\)"
+    ):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["no config", "no weights", "torn weights", "not a language model"])

@@ -71,6 +71,9 @@ def test_the_threshold_is_calibrated_on_ordinary_prompts(
     answer = ask(capsys, *words(folder, "calibrated", "--calibrate", "3"))
     stored = json.loads((folder / "calibrated" / "calibration.json").read_text())
     assert stored["num_prompts"] == 3 and answer["gate_threshold"] == stored["threshold"]
+    assert "--calibrate is -5, expected 0" in refusal(capsys, *words(folder, "refused", "--calibrate=-5"))
+    assert "num_samples 0, gate_samples 2" in refusal(capsys, *words(folder, "refused", "--num-samples", "0"))
+    assert not (folder / "refused").exists()
     message = refusal(capsys, *words(folder, "calibrated", "--calibrate", "4"))
     assert "was calibrated with another num_prompts and digest; choose a new folder" in message
     assert ask(capsys, *words(folder, "published", "--calibrate", "0"))["gate_threshold"] == 0.428
@@ -212,6 +215,8 @@ def test_refusals_of_audit_and_remove(folder: Path, run: Path, capsys: pytest.Ca
     assert "neurons.json does not exist" in refusal(capsys, *start)
     start = [*start, "--neurons", str(run / "neurons.json"), *QUICK]
     assert "unknown rival 'magic'; expected placebo" in refusal(capsys, *start, "--rivals", "magic")
+    message = refusal(capsys, *start, "--size-px", "63")
+    assert "size_px is 63; pictures of state 'before' need a multiple of 8 pixels" in message
     message = refusal(capsys, *start, "--sscd", "model.pt")
     assert "the name of model.pt tells no SSCD variant" in message
     assert "give --neurons FILE, or --way edit" in refusal(capsys, "remove", pipe, "--out", str(folder / "x"))

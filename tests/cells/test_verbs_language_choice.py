@@ -116,6 +116,10 @@ def test_a_run_from_before_these_choices_is_continued(
     assert TextLocalization.model_validate(stored).selection == "per-layer"
     assert ask(capsys, *words(folder, "old", "--method", "gradient,random"))["selection"] == "per-layer"
     assert "(select differ)" in refusal(capsys, *words(folder, "old", "--select", "global"))
+    del value["settings"]
+    config.write_text(json.dumps(value))
+    message = refusal(capsys, *words(folder, "old"))
+    assert "config.json holds no settings; localize into a new folder" in message
 
 
 def search_words(folder: Path, out: str, *more: str) -> list[str]:
@@ -228,7 +232,10 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
         ["--skip-layers", "0"],
         ["--search"],
         ["--leave", "0.5"],
+        ["--share", "0.5"],
+        ["--force"],
+        ["--prefix", "8"],
     ):
         message = refusal(capsys, *start, "--out", str(tmp_path / "run"), *more)
-        assert "choose neurons of language models; leave them out for a pipeline" in message
+        assert f"{more[0]}: for language models, without effect on a pipeline; leave out" in message
     assert not (tmp_path / "run").exists()

@@ -139,6 +139,10 @@ def test_refusals_of_localize(folder: Path, capsys: pytest.CaptureFixture[str], 
     assert "outliers compares with ordinary texts" in refused(one, "--method", "outliers")
     assert "share is 0.0, expected a fraction above 0" in refused(one, "--share", "0")
     assert "cannot use device 'cuda'" in refused(one, "--device", "cuda")
+    assert "device 'meta' holds no numbers" in refused(one, "--device", "meta")
+    message = refused(one, "--threshold", "0.3", "--clusters", "--blocks", "up")
+    assert "--clusters, --threshold, --blocks: for pipelines" in message
+    assert "length are 8, 8 and 0 tokens; expected 1 or more" in refused(one, "--length", "0")
     assert not (tmp_path / "run").exists()
     write_rows(tmp_path / "rows.jsonl", one)
     start = ["localize", str(folder / "model"), "--examples", str(tmp_path / "rows.jsonl")]

@@ -12,8 +12,11 @@ import pytest
 from tests.cells.planted_texts import sentences, write_planted, write_rows
 from tests.cells.test_verbs import ask, refusal
 from unmemorize.audit.language import document_losses
+from unmemorize.cli import main
+from unmemorize.errors import SelfCheckFailed
 from unmemorize.models.language import fingerprint, load
 from unmemorize.tokenizer import encode_documents, load_tokenizer
+from unmemorize.verbs import language_remove
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +179,22 @@ def test_a_budget_that_allows_no_step_is_said(
 def perplexity(model: Any, texts: list[tuple[int, ...]]) -> float:
     found = document_losses(model, texts)
     return math.exp(found.nll_nats.sum() / found.num_tokens.sum())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SelfCheckFailed])
+def test_a_removal_that_is_not_proved_leaves_nothing_and_can_be_asked_for_again(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+) -> None:
+    def stopped(*_: object) -> None:
+        raise error
+
+    command = words(folder, tmp_path / "plain", "svd", "--keep-undo")
+    with monkeypatch.context() as patch:
+        patch.setattr(language_remove, "_proof", stopped)
+        assert main(command) in (2, 130)
+    assert not any(tmp_path.iterdir())
+    assert ask(capsys, *command)["folder"] == str(tmp_path / "plain")

@@ -214,9 +214,7 @@ def test_a_language_model_has_no_pictures_to_measure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["audit", str(tmp_path), "--reference", "real", "--clip", "clip", "--size-px", "64"]) == 2
-    message = (
-        "--clip, --reference, --size-px: for pipelines and runs on pictures; leave out for a language model"
-    )
+    message = "--clip, --reference, --size-px: for pipelines and runs on pictures, without effect on a language model"
     assert message in capsys.readouterr().err
 
 

@@ -80,6 +80,19 @@ def test_a_full_or_forbidden_disk_is_a_mistake_not_a_defect(run: Callable[..., A
     )
 
 
+class OutOfMemoryError(RuntimeError):
+    """Named as PyTorch names its own."""
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OutOfMemoryError("CUDA"), RuntimeError("Allocator: can't allocate memory: 9")]
+)
+def test_too_little_memory_is_a_mistake_not_a_defect(run: Callable[..., Any], error: Exception) -> None:
+    code, out, err = run(lambda: raise_(error))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("unmemorize: out of memory; choose smaller sizes")
+
+
 def test_a_defect_keeps_its_traceback(run: Callable[..., Any]) -> None:
     code, _, err = run(lambda: raise_(KeyError("lost")))
     assert code == 3
@@ -102,6 +115,20 @@ def test_interruption_is_one_line_and_exit_code_130(run: Callable[..., Any]) -> 
         (["ids", "nowhere.jsonl"], "nowhere.jsonl does not exist; expected a corpus file"),
         (["ids", "python-docs", "--limit", "0"], "limit is 0, expected 1 document or more"),
         (["report", "nowhere"], "run folder nowhere does not exist"),
+        (
+            ["plan", "--pool", "9", "--sinks", "2", "--sources", "3", "--tolerance", "nan"],
+            "--tolerance is nan",
+        ),
+        (["audit", "nowhere", "--max-extraction", "inf"], "--max-extraction is inf, expected a number"),
+        (
+            ["audit", "nowhere", "--max-extraction", "5"],
+            "--max-extraction is 5.0, expected a share from 0 to 1",
+        ),
+        (["ids", "python-docs", "--limit", "9" * 30], "expected a whole number of at most 64 bits"),
+        (["train", "--seeds", "9" * 30, "--out", "nowhere"], "holds a number of more than 64 bits"),
+        (["localize", "nowhere", "--examples", "x.txt", "--out", ""], "--out is empty; give it a value"),
+        (["report", "--output=", "nowhere"], "--output is empty; give it a value, or leave it out"),
+        (["check", ""], "an argument is empty; give it a value"),
     ],
 )
 def test_wrong_words_are_one_line(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:

@@ -98,6 +98,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         (b"", "is not complete JSON"),
         (b'{"format": "unmemorize.exam', "is not complete JSON .*make it again"),
         (b"\xff\xfe", "is not complete JSON"),
+        (b"[" * 100_000, "is not complete JSON .it is nested too deeply"),
         (b"[]", r"is not a unmemorize.example file \(found 'list'\); pass the right file"),
         (b'{"format": "other", "format_version": 1}', r"is not a unmemorize.example file \(found 'other'\)"),
         (
@@ -168,6 +169,7 @@ def test_every_possible_tear_keeps_whole_rows_and_lets_appending_continue(tmp_pa
         (b'{"a": 1}\n[2]\n{"a": 3}\n', "line 2 is not a JSON object"),
         (b'{"a": 1}\n\xff\n{"a": 3}\n', "line 2 is not JSON"),
         (b'{"a": 1}\n\n{"a": 3}\n', "line 2 is not JSON"),
+        (b'{"a": 1}\n' + b"[" * 100_000 + b"\n", "line 2 is not JSON"),
     ],
 )
 def test_damage_inside_json_lines_is_explained(tmp_path: Path, content: bytes, message: str) -> None:

@@ -179,6 +179,11 @@ def test_settings_round_trip_through_json() -> None:
     [
         ({"method": {"sinks": {"shared": 1}}}, "unknown setting method.sinks.shared; expected one of"),
         ({"sedes": [0]}, "unknown setting sedes"),
+        ({"seeds": [0, 2**63]}, "setting seeds holds a whole number of more than 64 bits"),
+        (
+            {"model": {"vocabulary_size": 10**25}},
+            "setting model.vocabulary_size holds a whole number of more",
+        ),
         ({"seeds": ["a"]}, "setting seeds.0 cannot be used"),
         ({"seeds": [1, 1]}, "seeds is .1, 1., expected each seed once"),
         ({"methods": []}, "expected at least one method"),

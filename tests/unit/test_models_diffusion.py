@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tiny_diffusion import KINDS, tiny_pipeline
 from unmemorize.errors import ConfigError, ModelNotSupported, NeuronSetMismatch, SitesNotFound
@@ -146,6 +148,26 @@ def test_load_checks_a_folder_without_its_safety_checker(tmp_path: Path) -> None
     loaded = load(tmp_path / "model")
     assert fingerprint(loaded) == fingerprint(pipe)
     assert load(pipe) is pipe
+
+
+def test_incomplete_folders_are_explained(tmp_path: Path) -> None:
+    tiny_pipeline("sd1").save_pretrained(tmp_path)
+    for part in ("vae", "unet"):
+        path = tmp_path / part / "diffusion_pytorch_model.safetensors"
+        weights = load_file(path)
+        save_file(
+            {k: v for k, v in weights.items() if k != "conv_in.weight" and k != "decoder.conv_in.weight"},
+            path,
+        )
+        with pytest.raises(ModelNotSupported, match=f"lacks 1 weights of its {part} "):
+            load(tmp_path)
+        save_file(weights, path)
+    shutil.rmtree(tmp_path / "tokenizer")
+    with pytest.raises(ModelNotSupported, match="names tokenizer and holds no such folder"):
+        load(tmp_path)
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(ModelNotSupported, match="names no pipeline class"):
+        load(tmp_path)
 
 
 def test_bad_models_are_explained(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy
 import pytest
 from PIL import Image
 
+from unmemorize.audit.pictures import read_picture
 from unmemorize.corpus.pictures import find_pictures, read_pictures, resized
 from unmemorize.errors import ConfigError, DataError
 from unmemorize.testbeds.drawings import draw_pictures, draw_scenes
@@ -121,6 +122,23 @@ def test_pictures_that_cannot_be_read_are_named(folder):
     write_table(folder / "metadata.csv", [{"text": "red"}])
     with pytest.raises(DataError, match="row 1 has no file_name, only"):
         read_pictures(folder, size_px=4)
+
+
+def test_pictures_that_pillow_would_spoil_or_not_open_are_refused(folder, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    read = (lambda: read_pictures(folder, size_px=4), lambda: read_picture(folder / "b.png"))
+    image.new("I;16", (8, 8), 40_000).save(folder / "b.png")
+    for reader in read:
+        with pytest.raises(DataError, match=r"cannot read .*b\.png .*more than 8 bits a channel"):
+            reader()
+    image.new("RGB", (8, 8)).save(folder / "b.png")
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 50)  # 64 are worth a warning, above 100 an error
+    for reader in read:
+        reader()
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 20)
+    for reader in read:
+        with pytest.raises(DataError, match=r"cannot read .* \(it is too large: .*b?"):
+            reader()
 
 
 def test_archives_are_never_unpickled(archive):

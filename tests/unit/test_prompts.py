@@ -50,6 +50,11 @@ def test_lines_pictures_kinds_and_limit(tmp_path: Path) -> None:
         ("p.txt", "\n", "holds no prompts; expected one a line"),
         ("p.jsonl", "{\n", "line 1 is not JSON"),
         ("p.jsonl", "[]\n", "line 1 is not a JSON object"),
+        ("p.jsonl", "[" * 100_000, "line 1 is not JSON .it is nested too deeply"),
+        ("p.jsonl", '{"prompt": null}\n', "row 1: the prompt is NoneType, expected text"),
+        ("p.jsonl", '{"prompt": NaN}\n', "row 1: the prompt is float, expected text"),
+        ("p.jsonl", '{"prompt": "a \\ud83d cat"}\n', "row 1: the prompt holds half of a surrogate pair"),
+        ("p.csv", "text,text,group\na cat,a dog,target\n", "has more than one column text"),
         ("p.yaml", "a", "is of an unknown kind"),
     ],
 )
@@ -61,6 +66,8 @@ def test_mistakes_are_one_line(tmp_path: Path, name: str, text: str, message: st
 def test_missing_files_limits_and_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist; expected a file of prompts"):
         read_prompts(tmp_path / "nowhere.csv")
+    with pytest.raises(DataError, match="is a folder; expected a file of prompts"):
+        read_prompts(tmp_path)
     table = written(tmp_path / "p.csv", "prompt,title\na cat,the cat\n")
     assert read_prompts(table, column="Title")[0].text == "the cat"
     with pytest.raises(DataError, match="has no column name; it has prompt, title"):

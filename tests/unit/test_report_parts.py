@@ -40,6 +40,12 @@ def test_numbers_have_sensible_digits(value: float, unit: str, text: str) -> Non
     assert number_text(value, unit) == text  # type: ignore[arg-type]
 
 
+def test_a_line_that_leaves_the_plot_by_far_is_sampled_a_little() -> None:
+    """An interval of a small test set can be thousands of times as wide as the axes."""
+    assert len(plots.line_obstacles([(0, 0), (70, 0)])) == 11
+    assert len(plots.line_obstacles([(-1e9, 0), (1e9, 0)])) < 300
+
+
 def test_intervals_stand_in_brackets_without_the_unit() -> None:
     assert interval_text((0.58, 0.7), "percent") == "[58, 70]"
     assert interval_text((-1.0, 2.0), "loss") == f"[{MINUS}1.00, 2.00]"

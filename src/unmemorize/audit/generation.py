@@ -168,6 +168,11 @@ class _Maker:
             if _is_one_prompt(own):
                 arguments["num_images_per_prompt"] = len(piece)
             arguments |= own
+        factor, side = int(getattr(self.way.pipe, "vae_scale_factor", 1)), self.settings.size_px
+        if side is not None and side % factor:
+            raise ConfigError(
+                f"size_px is {side}; pictures of state {self.way.state!r} need a multiple of {factor} pixels"
+            )
         own_context = self.way.case_context
         context = nullcontext() if own_context is None else own_context(self.cases[piece[0][0]])
         with context:

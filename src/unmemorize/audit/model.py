@@ -20,6 +20,7 @@ from unmemorize.audit.examples import (
 from unmemorize.audit.language import audit_state
 from unmemorize.audit.statistics import refused
 from unmemorize.audit.training import decoder
+from unmemorize.corpus.readers import is_unicode, read_rows
 from unmemorize.errors import DataError
 from unmemorize.files import read_json_lines
 from unmemorize.ids import content_id
@@ -45,13 +46,18 @@ def read_examples(
         length_tokens: longer texts are cut.
 
     Raises:
-        DataError: if a row has no text, or one text is in two groups.
+        DataError: if the file is missing or damaged, a row has no text or a number of repeats that is none, or one text
+            is in two groups.
     """
     path = Path(path)
-    rows = read_json_lines(path / "examples.jsonl" if path.is_dir() else path)
+    # A run's own file may end in a torn line; in anyone else's a line that is no JSON is a text that would be lost.
+    rows = (
+        read_json_lines(path / "examples.jsonl")
+        if path.is_dir()
+        else list(read_rows(path, text_column="text", source_column=None))
+    )
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get("text"), str) or not row["text"]:
-            raise DataError(f"{path} row {number} has no text; expected a column 'text' in every row")
+        _require_example(row, f"{path} row {number}")
     tokens = encode_documents(tokenizer, [row["text"] for row in rows], length_tokens)
     examples = tuple(
         Example(
@@ -59,13 +65,25 @@ def read_examples(
             group=row.get("group", "target"),
             tokens=encoded,
             source=str(row.get("source", "")),
-            repeats=int(row.get("repeats", 1)),
+            repeats=row.get("repeats", 1),
             id=content_id(row["text"]),
         )
         for number, (row, encoded) in enumerate(zip(rows, tokens, strict=True), start=1)
     )
     check_examples(examples)
     return examples
+
+
+def _require_example(row: dict[str, Any], place: str) -> None:
+    text, repeats = row.get("text"), row.get("repeats", 1)
+    if not isinstance(text, str) or not text:
+        raise DataError(f"{place} has no text; expected a column 'text' in every row")
+    if not is_unicode(text):
+        raise DataError(
+            f"{place}: the text holds half of a surrogate pair, which no encoding can store; repair it"
+        )
+    if type(repeats) is not int or repeats < 0:
+        raise DataError(f"{place}: repeats is {repeats!r}, expected a whole number of 0 or more")
 
 
 def audit_model(

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unmemorize.audit.examples import GROUPS
+from unmemorize.corpus.pictures import opened_picture
 from unmemorize.errors import DataError, missing_extra
 from unmemorize.files import write_atomic
 from unmemorize.records import Group
@@ -94,9 +95,8 @@ def read_picture(source: PictureSource) -> Picture:
                 f"a picture has shape {source.shape} and type {source.dtype}; expected (height, width, 3) and uint8"
             )
         return source
-    pillow = _pillow()
     try:
-        with pillow.open(source) as opened:
+        with opened_picture(Path(source)) as opened:
             return _on_white(opened)
     except (OSError, ValueError) as error:
         raise DataError(

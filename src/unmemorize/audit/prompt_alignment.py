@@ -58,8 +58,9 @@ class ClipAlignment:
         from transformers import AutoTokenizer, CLIPModel
 
         try:
+            loader: Any = CLIPModel
             with quiet_transformers():
-                model = CLIPModel.from_pretrained(str(source))
+                model, info = loader.from_pretrained(str(source), output_loading_info=True)
                 tokenizer = AutoTokenizer.from_pretrained(str(source))
         except (OSError, ValueError) as error:
             text = str(error).strip().splitlines()
@@ -67,9 +68,14 @@ class ClipAlignment:
                 f"cannot load {source} as a CLIP model: {text[0] if text else type(error).__name__}; pass a folder "
                 "with config, weights and tokenizer"
             ) from error
+        missing = sorted(info["missing_keys"])
+        if missing:  # drawn at random, they would make figures of noise
+            raise ModelNotSupported(
+                f"{source} lacks {len(missing)} weights of a CLIP model ({missing[0]} ...); pass a complete CLIP folder"
+            )
         return cls(
             name=str(source),
-            model=model.to(device).eval(),  # type: ignore[arg-type]
+            model=model.to(device).eval(),
             tokenizer=tokenizer,
             batch_size=batch_size,
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from unmemorize.corpus.python_docs import python_docs
-from unmemorize.corpus.readers import read_rows
+from unmemorize.corpus.readers import is_unicode, read_rows
 from unmemorize.errors import ConfigError, DataError, IdError
 from unmemorize.ids import content_id, near_duplicate_ids, source_id
 
@@ -126,7 +126,7 @@ def _entries(path: str | Path, text_column: str, source_column: str | None) -> I
             )
         if not text.strip():
             continue
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise DataError(
                 f"row {row + 1}: the text holds half of a surrogate pair, which no encoding can store; repair it"
             )
@@ -141,11 +141,3 @@ def _source(value: object, row: int) -> str:
             f"row {row + 1}: the source is {type(value).__name__}, expected text or a whole number; name another column"
         )
     return str(value).strip()
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -12,8 +12,10 @@ Nothing is downloaded, and no caption is changed.
 from __future__ import annotations
 
 import csv
-import json
+import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from unmemorize.errors import ConfigError, DataError, missing_extra
+from unmemorize.files import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -232,7 +235,7 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"cannot read {path} ({error}); expected JSON Lines in UTF-8") from error
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line) if line.strip() else None
+            row = parse_json(line) if line.strip() else None
         except ValueError as error:
             raise DataError(
                 f"{path} line {number} is not JSON ({error}); expected one object a line"
@@ -243,10 +246,31 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_image(path: Path, size_px: int) -> NDArray[numpy.uint8]:
+@contextmanager
+def opened_picture(path: Path) -> Iterator[Any]:
+    """Open a picture file with Pillow, without its warning about large ones.
+
+    Raises:
+        OSError: if the file is missing or no picture.
+        ValueError: if it has more pixels than Pillow opens, or more than 8 bits a channel, which Pillow would cut off.
+        MissingExtra: without Pillow.
+    """
     image_library = _pillow()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", image_library.DecompressionBombWarning)
+        try:
+            image = image_library.open(path)
+        except image_library.DecompressionBombError as error:
+            raise ValueError(f"it is too large: {error}") from error
+    with image:
+        if image.mode[0] in "IF":
+            raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); save it with 8")
+        yield image
+
+
+def _read_image(path: Path, size_px: int) -> NDArray[numpy.uint8]:
     try:
-        with image_library.open(path) as image:
+        with opened_picture(path) as image:
             return resized(numpy.asarray(image.convert("RGB"), dtype=numpy.uint8), size_px)
     except FileNotFoundError as error:
         raise DataError(

@@ -7,14 +7,14 @@ file. One prompt in two groups is an error: a target among the controls would fa
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from unmemorize.corpus.readers import text_lines
+from unmemorize.corpus.readers import is_unicode, text_lines
 from unmemorize.errors import DataError
+from unmemorize.files import parse_json
 
 PromptGroup = Literal["target", "neighbour", "heldout", "ordinary"]
 
@@ -86,7 +86,14 @@ def require_apart(prompts: Sequence[Prompt], ordinary: Sequence[str]) -> None:
 
 
 def _prompt(path: Path, number: int, row: dict[str, Any], group: PromptGroup) -> Prompt:
-    text = str(row["prompt"]).strip()
+    if not isinstance(row["prompt"], str):
+        kind = type(row["prompt"]).__name__
+        raise DataError(f"{path} row {number}: the prompt is {kind}, expected text; repair or delete the row")
+    text = row["prompt"].strip()
+    if not is_unicode(text):
+        raise DataError(
+            f"{path} row {number}: the prompt holds half of a surrogate pair, which no encoding can store; repair it"
+        )
     if not text:
         raise DataError(f"{path} row {number} holds an empty prompt; delete the row")
     named = str(row.get("group") or group)
@@ -107,7 +114,8 @@ def _rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
     """Yield rows whose prompt is called `prompt`."""
     kind = path.name.lower().removesuffix(".gz")
     if not path.is_file():
-        raise DataError(f"{path} does not exist; expected a file of prompts (.csv, .jsonl or .txt)")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {what}; expected a file of prompts (.csv, .jsonl or .txt)")
     if kind.endswith(".txt"):
         yield from ({"prompt": line} for line in text_lines(path) if line.strip())
     elif kind.endswith(".csv"):
@@ -127,7 +135,7 @@ def _rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
+                value = parse_json(line)
             except ValueError as error:
                 raise DataError(f"{path} line {number} is not JSON ({error}); make the file again") from error
             if not isinstance(value, dict):
@@ -138,7 +146,11 @@ def _rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
 
 
 def _text_column(path: Path, names: Sequence[str], column: str | None) -> str:
-    lower = {name.strip().lower(): name for name in names}
+    keys = [name.strip().lower() for name in names]
+    twice = next((name for name in keys if name and keys.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} has more than one column {twice}; rename or delete the others")
+    lower = dict(zip(keys, names, strict=True))
     wanted = [column.strip().lower()] if column is not None else list(_TEXT_COLUMNS)
     for name in wanted:
         if name in lower:

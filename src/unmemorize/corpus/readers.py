@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from unmemorize.errors import DataError, UnmemorizeError, missing_extra
+from unmemorize.files import parse_json
 
 Row = dict[str, Any]
 
@@ -83,6 +83,15 @@ def text_lines(path: Path) -> Iterator[str]:
         ) from error
 
 
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be stored; half of a surrogate pair, which JSON can name, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _opened(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
@@ -147,8 +156,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(
                 f"{path} line {number} is not JSON ({error}); expected one object a line"
             ) from error

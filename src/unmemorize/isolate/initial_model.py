@@ -5,13 +5,13 @@ A model that would read packed rows wrongly, or that does not fit tokenizer or r
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from unmemorize.errors import ConfigError, ModelNotSupported
+from unmemorize.files import parse_json
 from unmemorize.isolate.settings import PRESETS, ModelSettings
 from unmemorize.isolate.steps import require_packing
 from unmemorize.models.base import quiet_transformers
@@ -65,7 +65,7 @@ def _random_model(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) ->
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        described = PRESETS[source] if source in PRESETS else json.loads(Path(source).read_text("utf-8"))
+        described = PRESETS[source] if source in PRESETS else parse_json(Path(source).read_text("utf-8"))
         kind = described["model_type"]
         rest = {name: value for name, value in described.items() if name != "model_type"}
         config = AutoConfig.for_model(kind, **{**rest, **special})

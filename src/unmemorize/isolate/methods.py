@@ -20,7 +20,6 @@ activations; shared_cap is ours.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Container, Sequence
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from unmemorize.errors import ConfigError
+from unmemorize.files import parse_json
 from unmemorize.isolate.optimizer import pool_slices
 from unmemorize.isolate.packing import IGNORED, Row, goldfish_labels
 from unmemorize.isolate.plan import SinkPlan, SinkSettings
@@ -215,7 +215,7 @@ def _changed(settings: MethodSettings, rest: str, text: str) -> MethodSettings:
 def _value(text: str) -> object:
     """Read a number, true, false, null or [1,2] as such, and anything else as a string."""
     try:
-        value = json.loads(text.lower() if text in ("True", "False") else text)
+        value = parse_json(text.lower() if text in ("True", "False") else text)
     except ValueError:
         return text
     return tuple(value) if isinstance(value, list) else value

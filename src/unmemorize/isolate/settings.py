@@ -240,5 +240,11 @@ def _refuse_unknown(kind: Any, value: Mapping[str, Any], where: str) -> None:
     for name, inner in value.items():
         if name not in known:
             raise ConfigError(f"unknown setting {where}{name}; expected one of {', '.join(sorted(known))}")
+        if any(isinstance(n, int) and not -(2**63) <= n < 2**63 for n in _items(inner)):
+            raise ConfigError(f"setting {where}{name} holds a whole number of more than 64 bits; correct it")
         if is_dataclass(hints[name]) and isinstance(inner, Mapping):
             _refuse_unknown(hints[name], inner, f"{where}{name}.")
+
+
+def _items(value: object) -> list[object]:
+    return list(value) if isinstance(value, list | tuple) else [value]

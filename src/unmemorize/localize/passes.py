@@ -81,7 +81,8 @@ class NemoSettings:
     @property
     def samples(self) -> int:
         """Samples per prompt."""
-        return self.num_samples or (4 if self.mode == "fast" else 10)
+        default = 4 if self.mode == "fast" else 10
+        return default if self.num_samples is None else self.num_samples
 
 
 class Passes:

@@ -11,7 +11,6 @@ right.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from unmemorize.errors import ModelNotSupported, SelfCheckFailed, SitesNotFound, missing_extra
+from unmemorize.files import parse_json
 from unmemorize.gates import module_at, site_width
 from unmemorize.models.base import (
     CheckResult,
@@ -262,23 +262,52 @@ def _from_folder(pipeline_class: Any, source: str | Path, dtype: torch.dtype | N
                 f"{source} holds no model_index.json; pass a pipeline folder in diffusers format"
             )
         try:
-            named = json.loads(index.read_text(encoding="utf-8"))
+            named = parse_json(index.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModelNotSupported(
                 f"{index} is not complete JSON ({error}); copy the folder again"
             ) from error
+        if not isinstance(named, dict) or not isinstance(named.get("_class_name"), str):
+            raise ModelNotSupported(
+                f"{index} names no pipeline class; pass a pipeline folder in diffusers format"
+            )
         optional = ("safety_checker", "feature_extractor", "image_encoder")
         extra = {name: None for name in optional if name in named and not (Path(source) / name).is_dir()}
         if "safety_checker" in extra:
             extra["requires_safety_checker"] = False
+        absent = [
+            name
+            for name, kind in named.items()
+            if _is_part(kind) and name not in extra and not (Path(source) / name).is_dir()
+        ]
+        if absent:
+            raise ModelNotSupported(
+                f"{source} names {', '.join(absent)} and holds no such folder; copy the pipeline again"
+            )
     with quiet_diffusers():
         try:
-            return pipeline_class.from_pretrained(str(source), **_dtype_argument(dtype), **extra)
+            pipe = pipeline_class.from_pretrained(str(source), **_dtype_argument(dtype), **extra)
         except Exception as error:  # every reader underneath raises its own kind
             text = str(error).strip().splitlines()
             raise ModelNotSupported(
                 f"cannot load {source} as a diffusion pipeline: {text[0] if text else type(error).__name__}"
             ) from error
+    for name, part in pipe.components.items():
+        empty = (
+            [key for key, tensor in part.named_parameters() if tensor.is_meta]
+            if isinstance(part, nn.Module)
+            else []
+        )
+        if empty:
+            raise ModelNotSupported(
+                f"{source} lacks {len(empty)} weights of its {name} ({empty[0]} ...); copy the folder again"
+            )
+    return pipe
+
+
+def _is_part(kind: object) -> bool:
+    """Tell whether an entry of a pipeline's index names a part: a library and a class, neither of them null."""
+    return isinstance(kind, list) and len(kind) == 2 and all(isinstance(word, str) for word in kind)
 
 
 def _dtype_argument(dtype: torch.dtype | None) -> dict[str, torch.dtype]:

@@ -11,7 +11,7 @@ zeros changes something, and a folded gate equals the gate at run time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -197,27 +197,51 @@ def load(
         run_check: whether to run `check` and raise if it fails.
 
     Raises:
-        ModelNotSupported: if the folder holds no causal language model, or the table has no row for it.
+        ModelNotSupported: if the folder holds no causal language model, weights are missing or do not fit the config,
+            or the table has no row for it.
         SelfCheckFailed: if a check fails.
     """
     from transformers import AutoModelForCausalLM
 
+    loader: Any = AutoModelForCausalLM
+    model: PreTrainedModel
+    info: dict[str, Any]
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelNotSupported(f"{source} holds no config.json; pass a model folder in Hugging Face format")
     with quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype or "auto")
+            # Both would be drawn at random and named in a report that is silenced here; below they are refused.
+            model, info = loader.from_pretrained(
+                str(source), dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
         except Exception as error:  # every reader underneath raises its own kind
             text = str(error).strip().splitlines()
             raise ModelNotSupported(
                 f"cannot load {source} as a causal language model: {text[0] if text else type(error).__name__}"
             ) from error
+    _require_whole(source, info)
     model.train(False)
     if run_check:
         for result in check(model, row):
             if not result.passed:
                 raise SelfCheckFailed(f"self-check {result.name!r} failed for {source}: {result.detail}")
     return model
+
+
+def _require_whole(source: str | Path, info: Mapping[str, Any]) -> None:
+    """Raise `ModelNotSupported` if weights were missing or of another shape, and thus drawn at random."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    if missing:
+        raise ModelNotSupported(
+            f"{source} lacks {len(missing)} weights of a causal language model ({missing[0]} ...); copy the folder "
+            "again, or pass a complete checkpoint"
+        )
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise ModelNotSupported(
+            f"{source} holds {name} of shape {tuple(found)}, its config.json says {tuple(expected)}; pass weights and "
+            "config of one model"
+        )
 
 
 @torch.no_grad()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,21 @@ def write_manifest(folder: Path, manifest: dict[str, Any], result: str) -> None:
     """Write `unmemorize.json`: what was done, and the fingerprint of what came out."""
     header = {"format": REMOVAL_FORMAT, "format_version": REMOVAL_VERSION}
     write_json(folder / "unmemorize.json", {**header, **manifest, "result": result})
+
+
+@contextmanager
+def kept_if_proved(folder: str | Path, undo: str | Path | None = None) -> Iterator[None]:
+    """Take a folder that was just written, and its undo file, away again if the block that proves it does not end.
+
+    So a removal that is interrupted in its proof can be asked for again, and no folder lies there unproved.
+    """
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if undo is not None:
+            Path(undo).unlink(missing_ok=True)
+        raise
 
 
 def in_plain_process(script: str, folder: str | Path, arguments: Sequence[str]) -> dict[str, Tensor]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmemorize.errors import ConfigError, FileFormatError, RunFolderError
-from unmemorize.files import write_atomic
+from unmemorize.files import parse_json, write_atomic
 from unmemorize.records import Audit, NeuronAudit, PictureAudit, load_any_audit
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def _load_config(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -265,11 +265,16 @@ def _total_cost(others: Sequence[Box]) -> Callable[[tuple[Box, float, bool]], fl
     return lambda option: option[1] + 8.0 * sum(option[0].overlap(other) for other in others)
 
 
+_MAX_SAMPLES = 256
+"""Most boxes along one straight piece; enough for the diagonal of any plot."""
+
+
 def line_obstacles(points: Sequence[tuple[float, float]], spacing: float = 7, radius: float = 3) -> list[Box]:
     """Small boxes along a connected line, so that labels keep clear of it."""
     boxes = []
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        count = max(1, int(math.hypot(x1 - x0, y1 - y0) / spacing))
+        # An interval far wider than the axes ends far outside of the plot, and would be sampled there by the million.
+        count = max(1, min(_MAX_SAMPLES, int(math.hypot(x1 - x0, y1 - y0) / spacing)))
         for index in range(count + 1):
             boxes.append(around(x0 + (x1 - x0) * index / count, y0 + (y1 - y0) * index / count, radius))
     return boxes

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from unmemorize.errors import ConfigError
+from unmemorize.files import parse_json
 
 if TYPE_CHECKING:
     from unmemorize.records import Measure
@@ -48,9 +49,23 @@ def integers(text: str | None) -> list[int] | None:
     if text is None:
         return None
     try:
-        return [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{text!r} is not a list of whole numbers; write them with commas: 0,1,2") from None
+    if not all(-(2**63) <= number < 2**63 for number in numbers):
+        raise ConfigError(f"{text[:60]!r} holds a number of more than 64 bits; correct it")
+    return numbers
+
+
+def refuse_passed_over(options: Mapping[str, tuple[object, object]], reason: str) -> None:
+    """Refuse options that would have no effect: by name, what was given and what stands there by default.
+
+    Raises:
+        ConfigError: naming those that differ from their default.
+    """
+    given = [name for name, (value, default) in options.items() if value != default]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: {reason}; leave out")
 
 
 def table_row(text: str | None, kind: type[T]) -> T | None:
@@ -80,7 +95,7 @@ def file_with_options(path: Path | None, options: dict[str, Any]) -> dict[str, A
     value: dict[str, Any] = {}
     if path is not None:
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is not a readable JSON file: {error}") from error
         if not isinstance(value, dict):

@@ -31,6 +31,10 @@ def on_device(model: Moved, device: str) -> Moved:
     if device == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = found.type if found is not None else "cpu"
+    if device == "meta":
+        raise ConfigError(
+            "device 'meta' holds no numbers, so nothing can be measured; choose another --device"
+        )
     try:
         return model.to(device)  # type: ignore[attr-defined, no-any-return]
     except (RuntimeError, AssertionError) as error:

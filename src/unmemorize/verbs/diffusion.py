@@ -183,8 +183,9 @@ def remove(
     """
     from unmemorize.models.diffusion import fingerprint
     from unmemorize.neurons import NeuronSet, load_neurons
+    from unmemorize.remove.changes import undo_path
     from unmemorize.remove.diffusion import export, fold, prove_plain
-    from unmemorize.remove.folders import manifest_of
+    from unmemorize.remove.folders import kept_if_proved, manifest_of
 
     pipe = opened(model, Loading(device="cpu"))
     chosen = NeuronSet(fingerprint(pipe), {}) if neurons is None else load_neurons(neurons)
@@ -200,7 +201,8 @@ def remove(
         mended = fold(pipe, chosen)
     manifest = {**manifest_of(way, fingerprint(pipe), chosen), **figures}
     export(mended, out, manifest=manifest, original=pipe if keep_undo else None)
-    prove_plain(out, "a picture", num_inference_steps=2)
+    with kept_if_proved(out, undo_path(out) if keep_undo else None):
+        prove_plain(out, "a picture", num_inference_steps=2)
     what = f"{len(chosen)} neurons" if neurons is not None else "all searched layers"
     lines = [f"{'closed' if way == 'fold' else 'edited'} {what}; loads without unmemorize", str(out)]
     return Answer(data={"folder": str(out), "way": way, "num_neurons": len(chosen), **figures}, lines=lines)

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from unmemorize.errors import ConfigError
-from unmemorize.verbs.answers import Answer, bar_line, check_answer, integers, table_row, upper_end
+from unmemorize.verbs.answers import (
+    Answer,
+    bar_line,
+    check_answer,
+    integers,
+    refuse_passed_over,
+    table_row,
+    upper_end,
+)
 
 if TYPE_CHECKING:
     from unmemorize.records import Audit, ProgressCallback
@@ -36,6 +44,10 @@ def audit(
 ) -> Answer:
     """Measure a run of trainings, or one model."""
     if (target / "audit.json").is_file() or (target / "examples.jsonl").is_file():
+        refuse_passed_over(
+            {"--examples": (examples, None), "--out": (out, None)},
+            f"{target} is a run folder and is audited on its own examples, into itself",
+        )
         from unmemorize.audit.training import audit_training
 
         result, folder = audit_training(target, progress=progress), target
@@ -75,13 +87,17 @@ def remove(
     from unmemorize.isolate.plan import load_plan
     from unmemorize.models.language import find_mlps, fingerprint, load
     from unmemorize.neurons import load_neurons
-    from unmemorize.remove.folders import manifest_of
+    from unmemorize.remove.folders import kept_if_proved, manifest_of
     from unmemorize.remove.language import excise, export, fold, prove_plain, tokenizer_beside
 
     loaded = load(model)
     if neurons is not None:
         chosen = load_neurons(neurons)
     else:
+        if not (model / "sinks.json").exists():
+            raise ConfigError(
+                f"{model} has no sinks.json; give --neurons FILE, or a model trained with sinks"
+            )
         layout = load_plan(model / "sinks.json")
         kept = integers(keep)
         chosen = layout.pool() - layout.neurons_for(kept) if kept else layout.pool()
@@ -91,7 +107,8 @@ def remove(
     tokens = torch.arange(32).remainder(int(loaded.config.get_text_config().vocab_size)).unsqueeze(0)
     with torch.no_grad(), gated(loaded, closed(chosen)):
         expected = loaded(input_ids=tokens).logits.float()
-    difference = (prove_plain(out, tokens) - expected).abs().max().item()
+    with kept_if_proved(out):
+        difference = (prove_plain(out, tokens) - expected).abs().max().item()
     widths = [find_mlps(m)[0].site.width for m in (loaded, smaller)]
     lines = [
         f"removed {len(chosen)} neurons; MLP width {widths[0]} -> {widths[1]}",

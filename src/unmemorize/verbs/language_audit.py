@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from unmemorize.errors import ConfigError, RunFolderError
 from unmemorize.verbs.answers import Answer, Precision, bar_line, figure_text, upper_end
 from unmemorize.verbs.language_runs import read_localization
-from unmemorize.verbs.texts import Cut, digest_of, load_model, read_ordinary, read_texts, target_cuts
+from unmemorize.verbs.texts import Cut, cut_at, digest_of, load_model, read_ordinary, read_texts, target_cuts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,10 +131,12 @@ def _settings(options: NeuronAuditOptions, cut: Cut, stored: TextLocalization | 
 
 
 def _cut(options: NeuronAuditOptions, stored: TextLocalization | None) -> Cut:
-    prefix = options.prefix or (stored.prefix_tokens if stored else 32)
-    suffix = options.suffix or (stored.suffix_tokens if stored else 32)
-    length = options.length or (stored.length_tokens if stored else 256)
-    return Cut(prefix=prefix, suffix=suffix, length=max(length, prefix + suffix))
+    prefix, suffix, length = options.prefix, options.suffix, options.length
+    return cut_at(
+        (stored.prefix_tokens if stored else 32) if prefix is None else prefix,
+        (stored.suffix_tokens if stored else 32) if suffix is None else suffix,
+        (stored.length_tokens if stored else 256) if length is None else length,
+    )
 
 
 def _ways(

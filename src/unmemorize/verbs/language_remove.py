@@ -40,6 +40,7 @@ class EditOptions:
 def edit(progress: ProgressCallback, model: Path, out: Path, options: EditOptions) -> Answer:
     """Edit a copy, measure it on texts kept back, and write it only if it is within the budget."""
     from unmemorize.remove.changes import undo_path
+    from unmemorize.remove.folders import kept_if_proved
     from unmemorize.remove.language import tokenizer_beside
     from unmemorize.remove.language_edits import edit as edited_copy
     from unmemorize.remove.language_edits import export_edit
@@ -71,13 +72,15 @@ def edit(progress: ProgressCallback, model: Path, out: Path, options: EditOption
     export_edit(
         edited, out, manifest=manifest, tokenizer=tokenizer_beside(model), keeps_undo=options.keep_undo
     )
+    with kept_if_proved(out, undo_path(out) if options.keep_undo else None):
+        difference = _proof(edited.model, out)
     data = {
         "folder": str(out),
         "way": options.way,
         "num_protected": 0 if protect is None else len(protect),
         "perplexity": [before, after],
         "perplexity_rise_frac": rise,
-        "logit_difference": _proof(edited.model, out),
+        "logit_difference": difference,
         "undo": str(undo_path(out)) if options.keep_undo else None,
     }
     return Answer(data=data, lines=_lines(data, options, edited.cost.seconds))

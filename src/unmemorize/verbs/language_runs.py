@@ -64,7 +64,10 @@ def start_run(
     }
     changed: list[str] = []
     if path.exists():
-        stored = {**_WITHOUT, **read_json(path, format=RUN_FORMAT, version=RUN_VERSION)["settings"]}
+        settings = read_json(path, format=RUN_FORMAT, version=RUN_VERSION).get("settings")
+        if not isinstance(settings, dict):
+            raise FileFormatError(f"{path} holds no settings; localize into a new folder")
+        stored = {**_WITHOUT, **settings}
         changed = [name for name in wanted if stored.get(name) != wanted[name]]
         if changed and (is_chosen or changed != ["leave"]):
             raise RunFolderError(

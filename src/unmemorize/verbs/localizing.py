@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from unmemorize.errors import ConfigError
-from unmemorize.verbs.answers import Answer, Positions, Precision, integers
+from unmemorize.verbs.answers import Answer, Positions, Precision, integers, refuse_passed_over
 from unmemorize.verbs.families import family_of, folder_of
 
 if TYPE_CHECKING:
@@ -135,6 +135,20 @@ def localize(
 
     model = folder_of(model)
     if family_of(model) == "language":
+        refuse_passed_over(
+            {
+                "--statistics": (statistics, None),
+                "--ranking": (ranking, "unusual"),
+                "--clusters": (clusters, False),
+                "--threshold": (threshold, None),
+                "--calibrate": (calibrate, 50),
+                "--num-samples": (num_samples, None),
+                "--blocks": (blocks, None),
+                "--positions": (positions, "all"),
+                "--column": (column, None),
+            },
+            "for pipelines, without effect on a language model",
+        )
         if leave is not None and not search:
             raise ConfigError("--leave says when --search ends; give --search too, or take it away")
         wanted = language_localize.NeuronOptions(
@@ -145,15 +159,25 @@ def localize(
             leave=(0.5 if leave is None else leave) if search else None,
             num_candidates=candidates,
             seed=seed,
-            cut=texts.Cut(prefix=prefix, suffix=suffix, length=max(length, prefix + suffix)),
+            cut=texts.cut_at(prefix, suffix, length),
             is_forced=force,
         )
         return language_localize.localize(progress, model, examples, out, ordinary, wanted, device, dtype)
-    if search or any(given is not None for given in (select, skip_layers, leave, candidates)):
-        raise ConfigError(
-            "--select, --skip-layers, --search, --leave and --candidates choose neurons of language models; leave them "
-            "out for a pipeline"
-        )
+    refuse_passed_over(
+        {
+            "--share": (share, 0.01),
+            "--select": (select, None),
+            "--skip-layers": (skip_layers, None),
+            "--search": (search, False),
+            "--leave": (leave, None),
+            "--candidates": (candidates, None),
+            "--prefix": (prefix, 32),
+            "--suffix": (suffix, 32),
+            "--length": (length, 256),
+            "--force": (force, False),
+        },
+        "for language models, without effect on a pipeline",
+    )
     options = picture_localize.NemoOptions(
         mode=picture_localize.mode_of(method),
         ranking=ranking,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from unmemorize.errors import ConfigError
-from unmemorize.verbs.answers import UNLEARNING, Answer, Precision, TextEdit
+from unmemorize.verbs.answers import UNLEARNING, Answer, Precision, TextEdit, refuse_passed_over
 from unmemorize.verbs.families import family_of, folder_of
 
 if TYPE_CHECKING:
@@ -93,18 +93,25 @@ def audit(
     """Measure what models reproduce of what they were trained on, in every state, with intervals."""
     from unmemorize.verbs import diffusion, language, language_audit, picture_measures, picture_runs
 
+    if max_extraction is not None and not 0 <= max_extraction <= 1:
+        raise ConfigError(f"--max-extraction is {max_extraction}, expected a share from 0 to 1")
     target = folder_of(target)
     is_run = picture_runs.is_picture_run(Path(target))
     if family_of(target) != "diffusion" and not is_run:
-        _refuse_for_texts(
+        refuse_passed_over(
             {
-                "--sscd": sscd,
-                "--clip": clip,
-                "--reference": reference,
-                "--size-px": size_px,
-                "--copy-threshold": copy_threshold,
-                "--column": column,
-            }
+                "--rivals": (rivals, "placebo"),
+                "--sscd": (sscd or None, None),
+                "--clip": (clip, None),
+                "--reference": (reference, None),
+                "--num-seeds": (num_seeds, 10),
+                "--num-steps": (num_steps, 50),
+                "--guidance": (guidance, 7.0),
+                "--size-px": (size_px, None),
+                "--copy-threshold": (copy_threshold, None),
+                "--column": (column, None),
+            },
+            "for pipelines and runs on pictures, without effect on a language model",
         )
         compared = language_audit.NeuronAuditOptions(
             neurons=neurons,
@@ -121,7 +128,21 @@ def audit(
             return language_audit.audit(
                 progress, target, examples, out, max_extraction, compared, device, dtype
             )
-        return language.audit(progress, Path(target), examples, out, max_extraction, length or 256)
+        refuse_passed_over(
+            {"--ordinary": (ordinary, None), "--prefix": (prefix, None), "--suffix": (suffix, None)},
+            "only with --neurons, or in a folder that localize wrote",
+        )
+        length_tokens = 256 if length is None else length
+        return language.audit(progress, Path(target), examples, out, max_extraction, length_tokens)
+    refuse_passed_over(
+        {
+            "--ordinary": (ordinary, None),
+            "--prefix": (prefix, None),
+            "--suffix": (suffix, None),
+            "--length": (length, None),
+        },
+        "for language models, without effect on pictures",
+    )
     if not is_run and (examples is None or out is None):
         raise ConfigError("to audit a pipeline give --examples FILE (prompts) and --out RUN")
     options = picture_measures.PictureOptions(
@@ -144,15 +165,6 @@ def audit(
         return picture_runs.audit(progress, Path(target), max_extraction, options, loading)
     assert examples is not None and out is not None
     return diffusion.audit(progress, target, examples, out, max_extraction, options, loading)
-
-
-def _refuse_for_texts(options: dict[str, object]) -> None:
-    """Refuse options of pictures that an audit of a language model would pass over."""
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise ConfigError(
-            f"{', '.join(given)}: for pipelines and runs on pictures; leave out for a language model"
-        )
 
 
 def remove(
@@ -241,6 +253,18 @@ def remove(
     if way == "edit":
         raise ConfigError("--way edit is for pipelines; for a language model use excise or fold")
     if way is None or way == "excise" or way == "fold":
+        refuse_passed_over(
+            {
+                "--keep-undo": (keep_undo, False),
+                "--examples": (examples, None),
+                "--ordinary": (ordinary, None),
+                "--column": (column, None),
+                "--budget": (budget, 0.1),
+            },
+            "for edits; cutting neurons out of a language model looks at no texts and leaves the old folder as it was",
+        )
+        if keep is not None and neurons is not None:
+            raise ConfigError("--keep chooses among sinks, --neurons names what goes; give one of them")
         return language.remove(Path(model), out, neurons, keep, way or "excise")
     if neurons is not None or keep is not None:
         raise ConfigError(f"--way {way} edits weights without neurons; leave out --neurons and --keep")

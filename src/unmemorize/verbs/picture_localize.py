@@ -81,11 +81,12 @@ def localize(
         raise DataError(
             f"{examples} names no prompt of group target; give the prompts to look into that group"
         )
+    asked = _asked(options)
     pipe = opened(model, loading)
     blocks = options.blocks.split(",") if options.blocks else None
     sites = find_sites(pipe, blocks=blocks)
     statistics = _statistics(pipe, sites, known, options, out, progress)
-    settings = _settings(pipe, known, options, out, progress)
+    settings = _settings(pipe, known, options, asked, out, progress)
     if options.is_clustered:
         groups = clusters(targets)
         found = localize_clusters_into(out, pipe, groups, statistics, settings, progress=progress)
@@ -137,25 +138,37 @@ def _statistics(
     )
 
 
+def _asked(options: NemoOptions) -> NemoSettings:
+    """Return settings with the published thresholds; refuse what is out of range before anything is loaded."""
+    from unmemorize.localize.passes import NemoSettings
+
+    if options.num_calibration < 0:
+        raise ConfigError(f"--calibrate is {options.num_calibration}, expected 0 prompts or more")
+    return NemoSettings(
+        mode=options.mode, ranking=options.ranking, num_samples=options.num_samples, seed=options.seed
+    )
+
+
 def _settings(
-    pipe: Pipeline, ordinary: Sequence[str], options: NemoOptions, out: Path, progress: ProgressCallback
+    pipe: Pipeline,
+    ordinary: Sequence[str],
+    options: NemoOptions,
+    asked: NemoSettings,
+    out: Path,
+    progress: ProgressCallback,
 ) -> NemoSettings:
     """Return settings whose three thresholds are the given one, the calibrated one, or the published 0.428."""
     from unmemorize.localize.calibration import calibrate
-    from unmemorize.localize.passes import NemoSettings
 
-    settings = NemoSettings(
-        mode=options.mode, ranking=options.ranking, num_samples=options.num_samples, seed=options.seed
-    )
     threshold = options.threshold
     chosen = ordinary[: options.num_calibration]
     if threshold is None and len(chosen) >= 2:
         path = out / "calibration.json"
-        calibration = calibrate(pipe, chosen, settings, path=path, progress=progress)
+        calibration = calibrate(pipe, chosen, asked, path=path, progress=progress)
         threshold = calibration.threshold
     if threshold is None:
-        return settings
-    return replace(settings, search=settings.search.at(threshold))
+        return asked
+    return replace(asked, search=asked.search.at(threshold))
 
 
 def _gate_others(

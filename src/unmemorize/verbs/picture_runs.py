@@ -99,10 +99,10 @@ def names_pipeline(settings: Path | None) -> bool:
 
 def is_picture_run(folder: Path) -> bool:
     """Tell whether a folder is a run that trained text-to-image models."""
-    import json
+    from unmemorize.files import parse_json
 
     try:
-        value = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        value = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(value, dict) and (value.get("kind"), value.get("family")) == ("training", "diffusion")
@@ -238,7 +238,7 @@ def remove_sinks(model: Path, out: Path, keep: str | None, way: str) -> Answer:
     from unmemorize.models.denoiser_layers import has_plain_widths
     from unmemorize.models.diffusion import fingerprint
     from unmemorize.remove.diffusion import excise, export, export_with_sinks, keep_sinks, prove_plain
-    from unmemorize.remove.folders import manifest_of
+    from unmemorize.remove.folders import kept_if_proved, manifest_of
 
     if way != "excise":
         raise ConfigError("the pool of a pipeline is cut out, not folded; use --way excise, or leave it out")
@@ -251,7 +251,8 @@ def remove_sinks(model: Path, out: Path, keep: str | None, way: str) -> Answer:
         export_with_sinks(keep_sinks(pipe, plan, kept), plan, out, manifest=manifest)
     else:
         export(excise(pipe, chosen), out, manifest=manifest_of(way, fingerprint(pipe), chosen))
-    prove_plain(out, "a picture", num_inference_steps=1)
+    with kept_if_proved(out):
+        prove_plain(out, "a picture", num_inference_steps=1)
     num_kept = len(plan.pool()) - len(chosen)
     lines = [
         f"removed {len(chosen)} neurons" + (f", kept {num_kept} of {len(kept)} ids" if kept else ""),

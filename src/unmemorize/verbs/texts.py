@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,16 @@ class Cut:
                 f"prefix, suffix and length are {self.prefix}, {self.suffix} and {self.length} tokens; expected 1 or "
                 "more, and a length of 2 or more"
             )
+
+
+def cut_at(prefix: int, suffix: int, length: int) -> Cut:
+    """Return where texts are cut; a length below prefix and suffix together is raised to them.
+
+    Raises:
+        ConfigError: if one of them is out of range.
+    """
+    asked = Cut(prefix=prefix, suffix=suffix, length=length)
+    return replace(asked, length=max(length, prefix + suffix))
 
 
 def load_model(
@@ -175,11 +185,12 @@ def _is_sequences(path: Path) -> bool:
 def _first_row(path: Path) -> dict[str, Any]:
     """Return the first row of a JSON Lines file, or nothing; what is wrong with it, its reader says."""
     from unmemorize.corpus.readers import text_lines
+    from unmemorize.files import parse_json
 
     if not path.is_file() or not path.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson")):
         return {}
     try:
-        row = json.loads(next((line for line in text_lines(path) if line.strip()), "{}"))
+        row = parse_json(next((line for line in text_lines(path) if line.strip()), "{}"))
     except ValueError:
         return {}
     return row if isinstance(row, dict) else {}
