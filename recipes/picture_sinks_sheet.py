@@ -1,6 +1,6 @@
 """A contact sheet of a run of `picture_sinks.py`: what each repeated picture's caption makes, state by state.
 
-    python recipes/picture_sinks_sheet.py RUN --out sheet.png
+    python recipes/picture_sinks_sheet.py RUN --out sheet.png [--rows 8]
 
 One row a repeated picture, one picture a state (seed 101, 20 DDIM steps, no guidance), beside the training picture.
 """
@@ -26,10 +26,11 @@ COLUMNS = ("trained on", "standard", "sinks, own", "closed", "another's", "dedup
 ZOOM, GAP, HEAD = 3, 6, 16
 
 
-def columns(run: Path) -> dict[str, list[Tensor]]:
+def columns(run: Path, num_rows: int | None = None) -> dict[str, list[Tensor]]:
     """Return the pictures of each column by row, shape (H, W, 3), 0 to 1; models that are missing have no column."""
     targets = [row for row in read_json_lines(run / "examples.jsonl") if row["group"] == "target"]
     ids = torch.tensor([row["id"] for row in targets])
+    targets = targets[:num_rows]
     settings, found = CopySettings(seeds=(101,)), {}
     for name in ("standard", "dedup"):
         folder = run / "models" / f"{name}-seed0" / "pipeline"
@@ -74,9 +75,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", type=int, help="first repeated pictures to show; by default all")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    sheet(columns(chosen.run)).save(chosen.out)
+    sheet(columns(chosen.run, chosen.rows)).save(chosen.out)
 
 
 if __name__ == "__main__":
