@@ -77,6 +77,7 @@ VARIANTS = {
     "few": Variant(("hidden",), SinkSettings(share_frac=1.0, grown=64, active_frac=None, sinks_per_id=4)),
     "narrow": Variant(("hidden",), replace(_GROWN, sinks_per_id=8)),
     "broad": Variant(("hidden",), replace(_GROWN, sinks_per_id=128)),
+    "wide": Variant(("hidden",), replace(_WIDE, sinks_per_id=512)),
     "carved": Variant(("hidden",), SinkSettings(share_frac=0.7, active_frac=0.3)),
     "carved-half": Variant(("hidden",), SinkSettings(share_frac=0.5, active_frac=0.3)),
     "carved-tenth": Variant(("hidden",), SinkSettings(share_frac=0.9, active_frac=0.3)),
