@@ -22,7 +22,7 @@ from unmemorize.audit.pictures import Picture, short_side_crop
 from unmemorize.audit.statistics import Floats
 from unmemorize.errors import ModelNotSupported, ShapeMismatch
 from unmemorize.models.base import quiet_transformers
-from unmemorize.models.weight_files import require_no_pickle
+from unmemorize.models.weight_files import require_no_pickle, require_there
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, per colour
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -58,6 +58,7 @@ class ClipAlignment:
         """
         from transformers import AutoTokenizer, CLIPModel
 
+        require_there(source)
         require_no_pickle(source)
         try:
             loader: Any = CLIPModel

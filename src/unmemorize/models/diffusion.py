@@ -33,7 +33,7 @@ from unmemorize.models.base import (
     signature_of,
 )
 from unmemorize.models.denoising import Pipeline, denoiser_of, encoded, record
-from unmemorize.models.weight_files import missing_weights, require_no_pickle
+from unmemorize.models.weight_files import missing_weights, require_no_pickle, require_there
 from unmemorize.neurons import NeuronSet, Site
 
 Kind = Literal["values", "hidden"]
@@ -257,6 +257,7 @@ def load(
 def _from_folder(pipeline_class: Any, source: str | Path, dtype: torch.dtype | None) -> Pipeline:
     index = Path(source) / "model_index.json"
     extra: dict[str, Any] = {}
+    require_there(source)
     if Path(source).exists():
         if not index.is_file():
             raise ModelNotSupported(

@@ -29,7 +29,7 @@ from unmemorize.models.base import (
     require_match,
     signature_of,
 )
-from unmemorize.models.weight_files import require_no_pickle
+from unmemorize.models.weight_files import require_no_pickle, require_there
 from unmemorize.neurons import NeuronSet, Site
 
 if TYPE_CHECKING:
@@ -207,6 +207,7 @@ def load(
     loader: Any = AutoModelForCausalLM
     model: PreTrainedModel
     info: dict[str, Any]
+    require_there(source)
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelNotSupported(f"{source} holds no config.json; pass a model folder in Hugging Face format")
     require_no_pickle(source)

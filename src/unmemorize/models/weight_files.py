@@ -13,6 +13,14 @@ from typing import Any
 from unmemorize.errors import ModelNotSupported
 
 
+def require_there(source: str | Path) -> None:
+    """Raise `ModelNotSupported` if what can only be a folder, by how it is written, does not exist; hub names pass."""
+    text = str(source)
+    is_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+    if is_path and not Path(source).exists():
+        raise ModelNotSupported(f"the folder {source} does not exist; pass a model's folder, or a hub name")
+
+
 def require_no_pickle(folder: str | Path) -> None:
     """Raise `ModelNotSupported` if a folder's only weights are pickles, which can run code and are never opened."""
     folder = Path(folder)

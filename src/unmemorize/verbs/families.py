@@ -39,11 +39,19 @@ def require_outside(out: Path | None, model: str) -> None:
 
 
 def family_of(model: str | Path) -> Family:
-    """Tell the family of a model folder or hub name; a hub that cannot be reached is asked through its local cache."""
+    """Tell the family of a model folder or hub name; a hub that cannot be reached is asked through its local cache.
+
+    Raises:
+        ModelNotSupported: if it can only be a folder, and does not exist.
+    """
     folder = Path(model)
     if folder.exists():
         return "diffusion" if (folder / _INDEX).is_file() else "language"
     from huggingface_hub import hf_hub_download
+
+    from unmemorize.models.weight_files import require_there
+
+    require_there(model)
 
     # Every way of failing (no such file, no network, no such name) leaves the language model, whose loader explains.
     with suppress(Exception):
