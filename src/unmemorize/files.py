@@ -8,6 +8,7 @@ Weights are not handled here (safetensors does that); nothing here loads code or
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 from unmemorize.errors import FileFormatError, RunFolderError
 
 _BLOCK_BYTES = 4096
+_MOVED = (errno.ENOENT, errno.ENOTEMPTY)
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
@@ -56,6 +58,20 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
     return path
+
+
+def what_to_do(error: Exception, otherwise: str) -> str:
+    """Say what helps when a place of our own could not be written: another process may have taken it away.
+
+    Args:
+        error: what happened.
+        otherwise: what helps against everything else, such as a full disk.
+    """
+    code, place = getattr(error, "errno", None), getattr(error, "filename", None)
+    is_made = code == errno.EEXIST and place is not None and Path(place).is_dir()
+    if code in _MOVED or is_made or "No such file" in str(error):
+        return "another process seems to write there too; let one finish, or choose another folder"
+    return otherwise
 
 
 def write_json(path: str | Path, value: Any) -> Path:

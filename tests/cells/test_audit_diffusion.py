@@ -417,6 +417,10 @@ def test_alignment_is_the_cosine_of_clip(tmp_path: Path) -> None:
     torch.testing.assert_close(features / features.norm(), output.image_embeds, atol=1e-5, rtol=1e-5)
     with pytest.raises(ModelNotSupported, match="pass a folder with config, weights and tokenizer"):
         ClipAlignment.load(tmp_path / "nothing")
+    (tmp_path / "pickled").mkdir()
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(ModelNotSupported, match="pickled holds its weights as a pickle only"):
+        ClipAlignment.load(tmp_path / "pickled")
     tiny_model("llama").save_pretrained(tmp_path / "language")
     alignment.tokenizer.save_pretrained(tmp_path / "language")
     with pytest.raises(ModelNotSupported, match=r"lacks \d+ weights of a CLIP model"):

@@ -300,6 +300,17 @@ def test_weights_that_would_be_drawn_at_random_are_refused(tmp_path: Path) -> No
         load(tmp_path)
 
 
+def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelNotSupported, match=r"a pickle only \(pytorch_model\.bin\).*save_pretrained it"):
+        load(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert fingerprint(load(tmp_path)) == fingerprint(model)
+
+
 @pytest.mark.parametrize("damage", ["no config", "no weights", "torn weights", "not a language model"])
 def test_unloadable_folders_are_explained(tmp_path: Path, damage: str) -> None:
     tiny_model("llama").save_pretrained(tmp_path)

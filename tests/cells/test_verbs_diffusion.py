@@ -211,6 +211,9 @@ def test_an_edit_without_neurons_changes_the_searched_layers(
 def test_refusals_of_audit_and_remove(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe, prompts = str(folder / "pipe"), str(folder / "prompts.csv")
     assert "give --examples FILE (prompts) and --out RUN" in refusal(capsys, "audit", pipe)
+    assert "is the model's own folder" in refusal(
+        capsys, "audit", pipe, "--examples", prompts, "--out", f"{pipe}/audit"
+    )
     start = ["audit", pipe, "--examples", prompts, "--out", str(folder / "nothing")]
     assert "neurons.json does not exist" in refusal(capsys, *start)
     start = [*start, "--neurons", str(run / "neurons.json"), *QUICK]

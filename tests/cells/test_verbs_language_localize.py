@@ -107,6 +107,14 @@ def test_tables_arrays_and_run_folders_are_read_and_lengths_carried_on(
 
 
 def test_refusals_of_localize(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for inside in ("model", "model/run"):
+        before = sorted((folder / "model").rglob("*"))
+        assert "is the model's own folder, or inside it; choose" in refusal(capsys, *words(folder, inside))
+        audited = ["--examples", str(folder / "examples.jsonl"), "--out", str(folder / inside)]
+        message = refusal(capsys, "audit", str(folder / "model"), *audited)
+        assert "is the model's own folder" in message
+        assert sorted((folder / "model").rglob("*")) == before
+
     def refused(rows: list[tuple[str, str]], *more: str) -> str:
         examples = write_rows(tmp_path / "rows.jsonl", rows)
         start = [

@@ -114,6 +114,8 @@ def test_interruption_is_one_line_and_exit_code_130(run: Callable[..., Any]) -> 
         (["ids", "x.jsonl", "--limit", "few"], "see unmemorize ids --help"),
         (["ids", "nowhere.jsonl"], "nowhere.jsonl does not exist; expected a corpus file"),
         (["ids", "python-docs", "--limit", "0"], "limit is 0, expected 1 document or more"),
+        (["check", "./nowhere"], "the folder ./nowhere does not exist; pass a model's folder, or a hub name"),
+        (["audit", "/nowhere"], "the folder /nowhere does not exist; pass a model's folder, or a hub name"),
         (["report", "nowhere"], "run folder nowhere does not exist"),
         (
             ["plan", "--pool", "9", "--sinks", "2", "--sources", "3", "--tolerance", "nan"],

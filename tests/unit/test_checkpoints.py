@@ -165,7 +165,19 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: py
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTEMPTY])
+def test_two_trainings_in_one_folder_are_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def taken(self: Path, target: Path) -> Path:
+        raise OSError(code, "it went", str(self))
+
+    monkeypatch.setattr(Path, "replace", taken)
+    with pytest.raises(RunFolderError, match="it went; another process seems to write there too; let one"):
+        write_checkpoint(tmp_path, *made(steps=4), Standing(step=4), IDENTITY)
+
+
 def test_a_file_in_place_of_the_folder_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="cannot write a checkpoint to"):
+    with pytest.raises(RunFolderError, match="cannot write a checkpoint to .*; free space or choose"):
         write_checkpoint(tmp_path / "file", *made(), Standing(step=1), IDENTITY)

@@ -206,3 +206,14 @@ def test_the_first_difference_is_named() -> None:
     assert first_difference(ours.to_json(), ours.to_json()) is None
     difference = first_difference(ours.to_json(), theirs.to_json())
     assert difference == "optimization.batch_rows is 4 there and 8 here"
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "clip_norm"])
+def test_numbers_that_no_float32_holds_are_refused(name: str) -> None:
+    for number in (1e308, float("inf")):
+        with pytest.raises(ConfigError, match=rf"{name} is .*, expected .*1e\+"):
+            OptimizationSettings(**{name: number})
+    with pytest.raises(
+        ConfigError, match="sink_learning_rate_scale is 1e\\+308, expected above 0, at most 1e\\+06"
+    ):
+        MethodSettings(sink_learning_rate_scale=1e308)

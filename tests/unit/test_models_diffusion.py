@@ -162,12 +162,52 @@ def test_incomplete_folders_are_explained(tmp_path: Path) -> None:
         with pytest.raises(ModelNotSupported, match=f"lacks 1 weights of its {part} "):
             load(tmp_path)
         save_file(weights, path)
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    save_file(
+        {k: v for k, v in weights.items() if "final_layer_norm" not in k}, path, metadata={"format": "pt"}
+    )
+    with pytest.raises(ModelNotSupported, match=r"lacks 2 weights of its text_encoder \(.*layer_norm.bias"):
+        load(tmp_path)
+    save_file(weights, path, metadata={"format": "pt"})
     shutil.rmtree(tmp_path / "tokenizer")
     with pytest.raises(ModelNotSupported, match="names tokenizer and holds no such folder"):
         load(tmp_path)
     (tmp_path / "model_index.json").write_text("[]")
     with pytest.raises(ModelNotSupported, match="names no pipeline class"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["text_encoder/pytorch_model.bin", "unet/diffusion_pytorch_model.bin"])
+def test_pickled_parts_are_not_opened(file: str, tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd1")
+    pipe.save_pretrained(tmp_path)
+    part = (tmp_path / file).parent
+    next(part.glob("*.safetensors")).unlink()
+    torch.save(getattr(pipe, part.name).state_dict(), tmp_path / file)
+    with pytest.raises(ModelNotSupported, match=rf"{part.name} holds its weights as a pickle only \("):
+        load(tmp_path)
+
+
+def test_weights_under_the_names_of_the_hub_are_all_there(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd1")
+    pipe.save_pretrained(tmp_path)
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    weights = {
+        name if name.startswith("text_model.") else f"text_model.{name}": tensor
+        for name, tensor in load_file(path).items()
+    }
+    weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(weights, path, metadata={"format": "pt"})
+    loaded = load(tmp_path).text_encoder.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in pipe.text_encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux", "pixart"])
+def test_whole_folders_of_every_text_encoder_load(kind: str, tmp_path: Path) -> None:
+    pipe = tiny_pipeline(kind)
+    pipe.save_pretrained(tmp_path)
+    assert type(load(tmp_path, run_check=False)) is type(pipe)
 
 
 def test_bad_models_are_explained(tmp_path: Path) -> None:

@@ -124,6 +124,20 @@ def test_pictures_that_cannot_be_read_are_named(folder):
         read_pictures(folder, size_px=4)
 
 
+def test_pictures_are_turned_as_their_camera_says(folder):
+    image = pytest.importorskip("PIL.Image")
+    lying = image.new("RGB", (8, 4), "red")
+    lying.paste("blue", (0, 0, 4, 4))  # the left half is the top, once it is turned by a quarter to the right
+    exif = image.Exif()
+    exif[0x0112] = 6
+    lying.save(folder / "b.png", exif=exif)
+    upright = read_picture(folder / "b.png")
+    assert upright.shape == (8, 4, 3)
+    assert upright[0, :, 2].min() == 255 and upright[-1, :, 0].min() == 255
+    one = next(p for p in read_pictures(folder, size_px=4) if p.name == "b.png")
+    assert one.pixels[0, :, 2].min() == 255 and one.pixels[-1, :, 0].min() == 255
+
+
 def test_pictures_that_pillow_would_spoil_or_not_open_are_refused(folder, monkeypatch):
     image = pytest.importorskip("PIL.Image")
     read = (lambda: read_pictures(folder, size_px=4), lambda: read_picture(folder / "b.png"))

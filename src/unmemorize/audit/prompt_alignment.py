@@ -22,6 +22,7 @@ from unmemorize.audit.pictures import Picture, short_side_crop
 from unmemorize.audit.statistics import Floats
 from unmemorize.errors import ModelNotSupported, ShapeMismatch
 from unmemorize.models.base import quiet_transformers
+from unmemorize.models.weight_files import require_no_pickle, require_there
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, per colour
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -57,10 +58,14 @@ class ClipAlignment:
         """
         from transformers import AutoTokenizer, CLIPModel
 
+        require_there(source)
+        require_no_pickle(source)
         try:
             loader: Any = CLIPModel
             with quiet_transformers():
-                model, info = loader.from_pretrained(str(source), output_loading_info=True)
+                model, info = loader.from_pretrained(
+                    str(source), use_safetensors=True, output_loading_info=True
+                )
                 tokenizer = AutoTokenizer.from_pretrained(str(source))
         except (OSError, ValueError) as error:
             text = str(error).strip().splitlines()

@@ -248,7 +248,7 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def opened_picture(path: Path) -> Iterator[Any]:
-    """Open a picture file with Pillow, without its warning about large ones.
+    """Open a picture file with Pillow, turned as its EXIF data say, without a warning about large ones.
 
     Raises:
         OSError: if the file is missing or no picture.
@@ -265,7 +265,17 @@ def opened_picture(path: Path) -> Iterator[Any]:
     with image:
         if image.mode[0] in "IF":
             raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); save it with 8")
-        yield image
+        yield _upright(image)
+
+
+def _upright(image: Any) -> Any:
+    """Return a picture as it is meant to be seen: cameras store it lying and name the turn in its EXIF data."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except SyntaxError:  # Pillow's word for EXIF data that are none
+        return image
 
 
 def _read_image(path: Path, size_px: int) -> NDArray[numpy.uint8]:

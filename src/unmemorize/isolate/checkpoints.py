@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from unmemorize.errors import CheckpointMismatch, FileFormatError, RunFolderError
-from unmemorize.files import read_json, write_json
+from unmemorize.files import read_json, what_to_do, write_json
 
 CHECKPOINT_FORMAT = "unmemorize.checkpoint"
 CHECKPOINT_VERSION = 1
@@ -205,9 +205,8 @@ def _explained(folder: Path) -> Iterator[None]:
         if isinstance(error, RunFolderError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise RunFolderError(
-            f"cannot write a checkpoint to {folder}: {reason}; free space or choose another folder"
-        ) from error
+        advice = what_to_do(error, "free space or choose another folder")
+        raise RunFolderError(f"cannot write a checkpoint to {folder}: {reason}; {advice}") from error
 
 
 def _clear(folder: Path, *, keep: Path | None, only_partial: bool = False) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from unmemorize.errors import ConfigError, RunFolderError
+from unmemorize.files import what_to_do
 from unmemorize.isolate.engine import make_accelerator
 from unmemorize.isolate.jobs import TRAINING_FILE, TrainingJob, read_finished
 from unmemorize.isolate.language import sink_state, training_sinks
@@ -246,8 +247,7 @@ def save_model(job: Job) -> None:
         partial.rmdir()
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RunFolderError(
-            f"cannot write the model to {job.folder}: {reason}; free space and start again to continue"
-        ) from error
+        advice = what_to_do(error, "free space and start again to continue")
+        raise RunFolderError(f"cannot write the model to {job.folder}: {reason}; {advice}") from error
     if job.plan is not None:
         job.plan.save(job.folder / PLAN_FILE)

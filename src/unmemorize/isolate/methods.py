@@ -35,6 +35,10 @@ from unmemorize.isolate.optimizer import pool_slices
 from unmemorize.isolate.packing import IGNORED, Row, goldfish_labels
 from unmemorize.isolate.plan import SinkPlan, SinkSettings
 
+LARGEST_FACTOR = 1e6
+"""Most that a learning rate, a weight decay or their multiple for sinks may be; float32 has no room for their product
+with numbers much larger."""
+
 Kind = Literal["standard", "dedup", "cap", "goldfish", "sinks", "gradient-masking"]
 Half = Literal["all", "repeated", "others", "late", "early"]
 
@@ -62,9 +66,10 @@ class MethodSettings:
     def __post_init__(self) -> None:
         if self.sinks_for not in ("all", "repeated"):
             raise ConfigError(f"sinks_for is {self.sinks_for!r}, expected all or repeated")
-        if not self.sink_learning_rate_scale > 0:
+        if not 0 < self.sink_learning_rate_scale <= LARGEST_FACTOR:
             raise ConfigError(
-                f"sink_learning_rate_scale is {self.sink_learning_rate_scale}, expected above 0"
+                f"sink_learning_rate_scale is {self.sink_learning_rate_scale}, expected above 0, at most "
+                f"{LARGEST_FACTOR:g}"
             )
         if self.shared_cap is not None and (self.shared_cap < 0 or self.shared_cap % 1):
             raise ConfigError(

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from unmemorize.corpus import PYTHON_DOCS, IdKind, MixtureSettings
 from unmemorize.errors import ConfigError
-from unmemorize.isolate.methods import MethodSettings, parse_method
+from unmemorize.isolate.methods import LARGEST_FACTOR, MethodSettings, parse_method
 
 T = TypeVar("T")
 
@@ -71,6 +71,9 @@ class ModelSettings:
         _require(self.rows in ("packed", "padded"), "rows", self.rows, "packed or padded")
 
 
+_LARGEST_NORM = 1e30  # what float32 multiplies without overflow
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizationSettings:
     """AdamW (betas 0.9 and 0.95, weight decay on matrices), linear warm-up, cosine. Defaults are ours."""
@@ -99,11 +102,16 @@ class OptimizationSettings:
     def __post_init__(self) -> None:
         _require(self.batch_rows >= 1, "batch_rows", self.batch_rows, "1 or more")
         _require(self.micro_rows is None or self.micro_rows >= 1, "micro_rows", self.micro_rows, "1 or more")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        most = LARGEST_FACTOR
+        is_rate = 0 < self.learning_rate <= most
+        _require(is_rate, "learning_rate", self.learning_rate, f"above 0, at most {most:g}")
         _require(0 <= self.final_frac <= 1, "final_frac", self.final_frac, "0 to 1")
         _require(0 <= self.warmup_frac <= 1, "warmup_frac", self.warmup_frac, "0 to 1")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0")
+        _require(0 <= self.weight_decay <= most, "weight_decay", self.weight_decay, f"0 to {most:g}")
+        is_norm = self.clip_norm is None or 0 < self.clip_norm <= _LARGEST_NORM
+        _require(
+            is_norm, "clip_norm", self.clip_norm, f"above 0, at most {_LARGEST_NORM:g}; null clips nothing"
+        )
         _require(self.passes >= 1, "passes", self.passes, "1 or more")
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
         _require(self.precision in ("float32", "bf16"), "precision", self.precision, "float32 or bf16")

@@ -33,6 +33,7 @@ from unmemorize.models.base import (
     signature_of,
 )
 from unmemorize.models.denoising import Pipeline, denoiser_of, encoded, record
+from unmemorize.models.weight_files import missing_weights, require_no_pickle, require_there
 from unmemorize.neurons import NeuronSet, Site
 
 Kind = Literal["values", "hidden"]
@@ -235,7 +236,7 @@ def load(
 
     Raises:
         MissingExtra: without diffusers.
-        ModelNotSupported: if the folder holds no pipeline, or the table has no row for its denoiser.
+        ModelNotSupported: if the folder holds no pipeline or lacks weights, or the table has no row for its denoiser.
         SelfCheckFailed: if a check fails.
     """
     try:
@@ -256,6 +257,7 @@ def load(
 def _from_folder(pipeline_class: Any, source: str | Path, dtype: torch.dtype | None) -> Pipeline:
     index = Path(source) / "model_index.json"
     extra: dict[str, Any] = {}
+    require_there(source)
     if Path(source).exists():
         if not index.is_file():
             raise ModelNotSupported(
@@ -284,23 +286,25 @@ def _from_folder(pipeline_class: Any, source: str | Path, dtype: torch.dtype | N
             raise ModelNotSupported(
                 f"{source} names {', '.join(absent)} and holds no such folder; copy the pipeline again"
             )
+        for name, kind in named.items():
+            if _is_part(kind) and name not in extra:
+                require_no_pickle(Path(source) / name)
     with quiet_diffusers():
         try:
-            pipe = pipeline_class.from_pretrained(str(source), **_dtype_argument(dtype), **extra)
+            pipe = pipeline_class.from_pretrained(
+                str(source), use_safetensors=True, **_dtype_argument(dtype), **extra
+            )
         except Exception as error:  # every reader underneath raises its own kind
             text = str(error).strip().splitlines()
             raise ModelNotSupported(
                 f"cannot load {source} as a diffusion pipeline: {text[0] if text else type(error).__name__}"
             ) from error
     for name, part in pipe.components.items():
-        empty = (
-            [key for key, tensor in part.named_parameters() if tensor.is_meta]
-            if isinstance(part, nn.Module)
-            else []
-        )
-        if empty:
+        with quiet_diffusers():
+            missing = missing_weights(part, source, name) if isinstance(part, nn.Module) else []
+        if missing:
             raise ModelNotSupported(
-                f"{source} lacks {len(empty)} weights of its {name} ({empty[0]} ...); copy the folder again"
+                f"{source} lacks {len(missing)} weights of its {name} ({missing[0]} ...); copy the folder again"
             )
     return pipe
 

@@ -29,6 +29,7 @@ from unmemorize.models.base import (
     require_match,
     signature_of,
 )
+from unmemorize.models.weight_files import require_no_pickle, require_there
 from unmemorize.neurons import NeuronSet, Site
 
 if TYPE_CHECKING:
@@ -206,13 +207,19 @@ def load(
     loader: Any = AutoModelForCausalLM
     model: PreTrainedModel
     info: dict[str, Any]
+    require_there(source)
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelNotSupported(f"{source} holds no config.json; pass a model folder in Hugging Face format")
+    require_no_pickle(source)
     with quiet_transformers():
         try:
             # Both would be drawn at random and named in a report that is silenced here; below they are refused.
             model, info = loader.from_pretrained(
-                str(source), dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+                str(source),
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         except Exception as error:  # every reader underneath raises its own kind
             text = str(error).strip().splitlines()

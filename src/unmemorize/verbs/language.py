@@ -11,11 +11,11 @@ from unmemorize.verbs.answers import (
     Answer,
     bar_line,
     check_answer,
-    integers,
     refuse_passed_over,
     table_row,
     upper_end,
 )
+from unmemorize.verbs.kept_sinks import kept_ids
 
 if TYPE_CHECKING:
     from unmemorize.records import Audit, ProgressCallback
@@ -90,6 +90,7 @@ def remove(
     from unmemorize.remove.folders import kept_if_proved, manifest_of
     from unmemorize.remove.language import excise, export, fold, prove_plain, tokenizer_beside
 
+    kept = kept_ids(keep, model)
     loaded = load(model)
     if neurons is not None:
         chosen = load_neurons(neurons)
@@ -99,7 +100,6 @@ def remove(
                 f"{model} has no sinks.json; give --neurons FILE, or a model trained with sinks"
             )
         layout = load_plan(model / "sinks.json")
-        kept = integers(keep)
         chosen = layout.pool() - layout.neurons_for(kept) if kept else layout.pool()
     smaller = (excise if way == "excise" else fold)(loaded, chosen)
     manifest = manifest_of(way, fingerprint(loaded), chosen)

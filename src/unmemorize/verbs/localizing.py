@@ -12,7 +12,7 @@ import typer
 
 from unmemorize.errors import ConfigError
 from unmemorize.verbs.answers import Answer, Positions, Precision, integers, refuse_passed_over
-from unmemorize.verbs.families import family_of, folder_of
+from unmemorize.verbs.families import family_of, folder_of, require_outside
 
 if TYPE_CHECKING:
     from unmemorize.records import ProgressCallback
@@ -133,6 +133,7 @@ def localize(
     """Find out what a model has memorized, prompts or texts, and which neurons hold it."""
     from unmemorize.verbs import diffusion, language_localize, picture_localize, texts
 
+    require_outside(out, model)
     model = folder_of(model)
     if family_of(model) == "language":
         refuse_passed_over(

@@ -12,7 +12,7 @@ import typer
 
 from unmemorize.errors import ConfigError
 from unmemorize.verbs.answers import UNLEARNING, Answer, Precision, TextEdit, refuse_passed_over
-from unmemorize.verbs.families import family_of, folder_of
+from unmemorize.verbs.families import family_of, folder_of, require_outside
 
 if TYPE_CHECKING:
     from unmemorize.records import ProgressCallback
@@ -95,6 +95,7 @@ def audit(
 
     if max_extraction is not None and not 0 <= max_extraction <= 1:
         raise ConfigError(f"--max-extraction is {max_extraction}, expected a share from 0 to 1")
+    require_outside(out, target)
     target = folder_of(target)
     is_run = picture_runs.is_picture_run(Path(target))
     if family_of(target) != "diffusion" and not is_run:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmemorize.errors import ConfigError
-from unmemorize.verbs.answers import Answer, bar_line, figure_text, file_with_options, integers, upper_end
+from unmemorize.verbs.answers import Answer, bar_line, figure_text, file_with_options, upper_end
 from unmemorize.verbs.diffusion import Loading, quietly
+from unmemorize.verbs.kept_sinks import kept_ids
 from unmemorize.verbs.picture_measures import (
     PictureOptions,
     alignment_of,
@@ -242,8 +243,8 @@ def remove_sinks(model: Path, out: Path, keep: str | None, way: str) -> Answer:
 
     if way != "excise":
         raise ConfigError("the pool of a pipeline is cut out, not folded; use --way excise, or leave it out")
+    kept = kept_ids(keep, model)
     pipe, plan = load_with_sinks(model)
-    kept = integers(keep)
     chosen = plan.pool() - plan.neurons_for(kept) if kept else plan.pool()
     is_beside = bool(kept) and not has_plain_widths(pipe)
     if kept and is_beside:
