@@ -422,14 +422,14 @@ def test_a_method_needs_its_plan(tmp_path: Path) -> None:
 
 def test_a_diverging_run_stops(tmp_path: Path) -> None:
     made = job(tmp_path / "run")
-    wild = OptimizationSettings(batch_rows=2, learning_rate=1e30, clip_norm=None, warmup_frac=0.0)
+    wild = OptimizationSettings(batch_rows=2, learning_rate=1e6, clip_norm=None, warmup_frac=0.0)
     with pytest.raises(ConfigError, match="training loss is nan at step .*; lower learning_rate"):
         train_method(replace(made, optimization=wild, records=RecordSettings(log_every_steps=1)))
 
 
 def test_a_run_whose_evaluation_diverges_stops_before_it_is_logged(tmp_path: Path) -> None:
     made = job(tmp_path / "run", validation=pack(documents(), 24))
-    wild = OptimizationSettings(batch_rows=2, learning_rate=1e30, clip_norm=None, warmup_frac=0.0)
+    wild = OptimizationSettings(batch_rows=2, learning_rate=1e6, clip_norm=None, warmup_frac=0.0)
     with pytest.raises(ConfigError, match="the validation loss is nan at step 2; lower learning_rate"):
         train_method(replace(made, optimization=wild, records=RecordSettings(evaluate_every_steps=1)))
     assert [row["step"] for row in read_json_lines(tmp_path / "run" / "metrics.jsonl")] == [1]
