@@ -220,13 +220,23 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             folder.rmdir()
         partial.rename(folder)
         partial = None
-    except OSError as error:
+    except Exception as error:
+        if not _is_unwritten(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise RunFolderError(
-            f"cannot write {folder}: {error.strerror or error}; free space or choose another folder"
+            f"cannot write {folder}: {reason}; free space or choose another folder"
         ) from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_unwritten(error: Exception) -> bool:
+    """Tell whether a file could not be written; safetensors reports a full disk as an error of its own."""
+    from safetensors import SafetensorError
+
+    return isinstance(error, OSError) or (isinstance(error, SafetensorError) and "I/O error" in str(error))
 
 
 def _umask() -> int:

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from unmemorize.errors import FileFormatError, RunFolderError
 from unmemorize.files import (
     append_json_line,
     read_json,
     read_json_lines,
+    whole_folder,
     write_atomic,
     write_json,
     write_json_lines,
@@ -193,3 +195,21 @@ def test_json_lines_hold_any_text(
     for row in rows:
         append_json_line(path, row)
     assert read_json_lines(path) == json.loads(json.dumps(rows))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_explained_and_not_there(tmp_path: Path, error: Exception) -> None:
+    def write() -> None:
+        with whole_folder(tmp_path / "plain") as partial:
+            (partial / "half").write_text("half")
+            raise error
+
+    with pytest.raises(RunFolderError, match="cannot write .*plain: .*No space left .*; free space"):
+        write()
+    assert list(tmp_path.iterdir()) == []
