@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -57,15 +58,21 @@ def integers(text: str | None) -> list[int] | None:
     return numbers
 
 
-def refuse_passed_over(options: Mapping[str, tuple[object, object]], reason: str) -> None:
-    """Refuse options that would have no effect: by name, what was given and what stands there by default.
+def refuse_passed_over(verb: Callable[..., Answer], given: Mapping[str, object], reason: str) -> None:
+    """Refuse options that would have no effect.
+
+    Args:
+        verb: the verb; its signature says what stands there by default.
+        given: what the user said, by the verb's names of the options.
+        reason: why they would have none.
 
     Raises:
         ConfigError: naming those that differ from their default.
     """
-    given = [name for name, (value, default) in options.items() if value != default]
-    if given:
-        raise ConfigError(f"{', '.join(given)}: {reason}; leave out")
+    options = signature(verb).parameters
+    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value != options[name].default]
+    if named:
+        raise ConfigError(f"{', '.join(named)}: {reason}; leave out")
 
 
 def table_row(text: str | None, kind: type[T]) -> T | None:

@@ -37,15 +37,16 @@ def check(model: str, row: str | None) -> Answer:
 def audit(
     progress: ProgressCallback,
     target: Path,
-    examples: Path | None,
-    out: Path | None,
-    max_extraction: float | None,
-    length: int,
+    examples: Path | None = None,
+    out: Path | None = None,
+    max_extraction: float | None = None,
+    length: int = 256,
 ) -> Answer:
     """Measure a run of trainings, or one model."""
     if (target / "audit.json").is_file() or (target / "examples.jsonl").is_file():
         refuse_passed_over(
-            {"--examples": (examples, None), "--out": (out, None)},
+            audit,
+            {"examples": examples, "out": out},
             f"{target} is a run folder and is audited on its own examples, into itself",
         )
         from unmemorize.audit.training import audit_training

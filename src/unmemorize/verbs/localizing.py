@@ -137,16 +137,17 @@ def localize(
     model = folder_of(model)
     if family_of(model) == "language":
         refuse_passed_over(
+            localize,
             {
-                "--statistics": (statistics, None),
-                "--ranking": (ranking, "unusual"),
-                "--clusters": (clusters, False),
-                "--threshold": (threshold, None),
-                "--calibrate": (calibrate, 50),
-                "--num-samples": (num_samples, None),
-                "--blocks": (blocks, None),
-                "--positions": (positions, "all"),
-                "--column": (column, None),
+                "statistics": statistics,
+                "ranking": ranking,
+                "clusters": clusters,
+                "threshold": threshold,
+                "calibrate": calibrate,
+                "num_samples": num_samples,
+                "blocks": blocks,
+                "positions": positions,
+                "column": column,
             },
             "for pipelines, without effect on a language model",
         )
@@ -165,17 +166,18 @@ def localize(
         )
         return language_localize.localize(progress, model, examples, out, ordinary, wanted, device, dtype)
     refuse_passed_over(
+        localize,
         {
-            "--share": (share, 0.01),
-            "--select": (select, None),
-            "--skip-layers": (skip_layers, None),
-            "--search": (search, False),
-            "--leave": (leave, None),
-            "--candidates": (candidates, None),
-            "--prefix": (prefix, 32),
-            "--suffix": (suffix, 32),
-            "--length": (length, 256),
-            "--force": (force, False),
+            "share": share,
+            "select": select,
+            "skip_layers": skip_layers,
+            "search": search,
+            "leave": leave,
+            "candidates": candidates,
+            "prefix": prefix,
+            "suffix": suffix,
+            "length": length,
+            "force": force,
         },
         "for language models, without effect on a pipeline",
     )

@@ -100,17 +100,18 @@ def audit(
     is_run = picture_runs.is_picture_run(Path(target))
     if family_of(target) != "diffusion" and not is_run:
         refuse_passed_over(
+            audit,
             {
-                "--rivals": (rivals, "placebo"),
-                "--sscd": (sscd or None, None),
-                "--clip": (clip, None),
-                "--reference": (reference, None),
-                "--num-seeds": (num_seeds, 10),
-                "--num-steps": (num_steps, 50),
-                "--guidance": (guidance, 7.0),
-                "--size-px": (size_px, None),
-                "--copy-threshold": (copy_threshold, None),
-                "--column": (column, None),
+                "rivals": rivals,
+                "sscd": sscd or None,
+                "clip": clip,
+                "reference": reference,
+                "num_seeds": num_seeds,
+                "num_steps": num_steps,
+                "guidance": guidance,
+                "size_px": size_px,
+                "copy_threshold": copy_threshold,
+                "column": column,
             },
             "for pipelines and runs on pictures, without effect on a language model",
         )
@@ -130,17 +131,19 @@ def audit(
                 progress, target, examples, out, max_extraction, compared, device, dtype
             )
         refuse_passed_over(
-            {"--ordinary": (ordinary, None), "--prefix": (prefix, None), "--suffix": (suffix, None)},
+            audit,
+            {"ordinary": ordinary, "prefix": prefix, "suffix": suffix},
             "only with --neurons, or in a folder that localize wrote",
         )
         length_tokens = 256 if length is None else length
         return language.audit(progress, Path(target), examples, out, max_extraction, length_tokens)
     refuse_passed_over(
+        audit,
         {
-            "--ordinary": (ordinary, None),
-            "--prefix": (prefix, None),
-            "--suffix": (suffix, None),
-            "--length": (length, None),
+            "ordinary": ordinary,
+            "prefix": prefix,
+            "suffix": suffix,
+            "length": length,
         },
         "for language models, without effect on pictures",
     )
@@ -255,12 +258,13 @@ def remove(
         raise ConfigError("--way edit is for pipelines; for a language model use excise or fold")
     if way is None or way == "excise" or way == "fold":
         refuse_passed_over(
+            remove,
             {
-                "--keep-undo": (keep_undo, False),
-                "--examples": (examples, None),
-                "--ordinary": (ordinary, None),
-                "--column": (column, None),
-                "--budget": (budget, 0.1),
+                "keep_undo": keep_undo,
+                "examples": examples,
+                "ordinary": ordinary,
+                "column": column,
+                "budget": budget,
             },
             "for edits; cutting neurons out of a language model looks at no texts and leaves the old folder as it was",
         )
